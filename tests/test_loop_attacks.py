@@ -18,8 +18,6 @@ from lightning_dp import PrivacyError
 from tests.helpers import NUM_CLASSES, make_dataset
 from tests.loops import BATCH, CLOSE, clipped_mean, double_loader, make_model, mean_loss, start, train
 
-# ---------------------------------------------------------------- attacks and mistakes
-
 
 def test_a_second_loss_function_is_tried_before_its_first_step() -> None:
     with start(noise_multiplier=1.0, target_delta=1e-3, steps=20) as private:
@@ -195,6 +193,8 @@ def test_arguments_of_the_wrong_kind_are_named(options: dict[str, Any], match: s
 def test_batches_are_used_once_and_from_the_own_loader() -> None:
     with start() as private, start() as other:
         batch = next(iter(private.loader))
+        with pytest.raises(TypeError, match="got an attempt to copy it"):
+            copy.copy(batch)
         private.step(batch)
         with pytest.raises(PrivacyError, match="This batch was used for a step already"):
             private.step(batch)

@@ -125,3 +125,33 @@ def test_a_run_that_ends_after_the_plan_of_another_is_refused() -> None:
         model.load_state_dict(copied.state_dict())
         with pytest.raises(PrivacyError, match="trained by an earlier private run of 2 steps, which this run does not"):
             planned.step(next(iter(planned.loader)))
+
+
+@pytest.mark.filterwarnings("ignore:.*trained by an earlier private run:UserWarning")
+def test_layers_that_begin_to_train_later_carry_their_run() -> None:
+    model = make_model()
+    model[0].requires_grad_(False)
+    with start(model, noise_multiplier=1.0) as first:
+        train(first, 1)
+        model[0].requires_grad_(True)
+        train(first, 3)
+    model[2] = torch.nn.Linear(5, 3).double()
+    with start(model, noise_multiplier=1.0) as second:
+        train(second, 1)
+        assert second.ledger.num_steps == 4
+
+
+def test_weights_of_an_open_run_are_known() -> None:
+    model = make_model()
+    with start(model, noise_multiplier=1.0) as first:
+        train(first, 1)
+        before = copy.deepcopy(model.state_dict())
+        train(first, 2)
+        model.load_state_dict(before)  # its own
+        with start(copy.deepcopy(model), noise_multiplier=1.0) as second:
+            with pytest.warns(UserWarning, match="its 2 steps count towards epsilon here, too"):
+                train(second, 1)
+            train(first, 3)
+            second._model.load_state_dict(model.state_dict())
+            with pytest.raises(PrivacyError, match="trained by an earlier private run of 3 steps, which this run does"):
+                train(second, 2)

@@ -42,6 +42,14 @@ class DrawnBatch(LogicalBatch):
         """
         raise TypeError(_opaque(f"take [{key!r}] of it"))
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to copy the batch, whose records would count twice.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(_opaque("copy it"))
+
     def __getattr__(self, name: str) -> Any:
         """Refuse methods and fields of the user's batch, such as ``batch.to(device)``.
 

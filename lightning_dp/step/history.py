@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ _carried: dict[int, tuple[Any, Lineages, Any]] = {}
 _values: dict[Any, Lineages] = {}
 #: lineage of a ledger -> lineages of the ledgers whose steps it holds, with the numbers of these steps
 _counted: dict[str, dict[str, int]] = {}
+#: modules whose weights were loaded since the last look, while a run trains them
+_loaded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 #: shape of a sharded parameter -> first and last row of the parts whose values are known
 _parts: dict[Any, set[tuple[int, int]]] = {}
 
@@ -141,6 +143,41 @@ def note_values(parameters: Iterable[nn.Parameter]) -> None:
             _values.setdefault(now, {}).update(ledgers)
 
 
+def _note_load(module: nn.Module, keys: Any) -> None:
+    _loaded.add(module)
+
+
+class Trained:
+    """The module that a run trains: its parameters carry the ledger, and weights that are loaded into it are looked at.
+
+    Args:
+        module: the user's.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.released: dict[int, Mapping[str, nn.Parameter]] = {}
+        """Parameters by index of the optimizer, as of its last release."""
+        self._hook = module.register_load_state_dict_post_hook(_note_load)
+
+    def carry(self, optimizer: int, parameters: Mapping[str, nn.Parameter], ledger: Ledger) -> None:
+        """Record that an optimizer trains these parameters, before their values change; more may train later."""
+        if self.released.get(optimizer) is not parameters:
+            carry(parameters.values(), ledger)
+            self.released[optimizer] = parameters
+
+    def was_loaded(self) -> bool:
+        """Tell whether weights were loaded since the last call."""
+        found = self._module in _loaded
+        _loaded.discard(self._module)
+        return found
+
+    def close(self) -> None:
+        """Record the trained values, and look at the module no more."""
+        note_values(self._module.parameters())
+        self._hook.remove()
+
+
 def _print_of(parameter: Tensor, rows: tuple[int, int] | None = None) -> Any:
     """Return a few values by which copies of a parameter are recognised; None if other parameters may share them.
 
@@ -197,11 +234,12 @@ def _uncounted(module: nn.Module, own: Ledger, *, resumed: bool) -> list[tuple[s
         Names of parameters, and the ledgers of runs that trained them.
     """
     found: dict[str, tuple[str, Ledger]] = {}
+    live = [reference() for reference, *_ in _carried.values()]
+    note_values(parameter for parameter in live if parameter is not None)  # copies may be of runs that go on
     for name, parameter in module.named_parameters():
         reference, ledgers, _ = _carried.get(id(parameter), (None, {}, None))
-        if reference is None or reference() is not parameter:
-            ledgers = _ledgers_of(parameter)
-        for lineage, ledger in ledgers.items():
+        ledgers = ledgers if reference is not None and reference() is parameter else {}
+        for lineage, ledger in (ledgers | _ledgers_of(parameter)).items():
             if lineage != own.lineage and not (resumed and ledger.has_same_beginning(own)):
                 found.setdefault(lineage, (name, ledger))
     counted: dict[str, int] = {}

@@ -26,7 +26,7 @@ from lightning_dp.step import checks
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.clipper import Clipper
 from lightning_dp.step.correlation import check_position, check_releases
-from lightning_dp.step.history import carry, note_values
+from lightning_dp.step.history import Trained
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.microbatch import Microbatch, end_all
 from lightning_dp.step.noising import ReleaseNoise
@@ -95,7 +95,8 @@ class PrivateStep:
         self.recording: Microbatch | None = None
         self.probe: Any = None  # a trial under way, which takes the gradients where an optimizer would step
         self.unfinished: set[int] = set()  # optimizers that hold backprops of an earlier training_step
-        self.unchecked_public, self._released, self.seen_backprops = set[int](), set[int](), False
+        self.unchecked_public, self.seen_backprops = set[int](), False
+        self._trained = Trained(module)
         self.engine.attach()
         self._refresh()
         num = len(self.accumulators)
@@ -137,6 +138,8 @@ class PrivateStep:
         """
         self.reduction.settle()
         self.state.begin_step()
+        if self._trained.was_loaded():
+            self.state.check_history(self.module)
         correlation, step = self.plan.correlation, self.state.step
         if correlation is not None:
             check_position(position, step)
@@ -202,9 +205,7 @@ class PrivateStep:
         self.reduction.reduce(accumulator)
         canaries.observe(optimizer, accumulator, accumulator.gradient, release.noise_std)
         rescale = learn(self.bound, accumulator, self.reduction, release, self.plan.expected_batch_size)
-        if optimizer not in self._released:
-            carry(accumulator.parameters.values(), self.state.ledger)
-            self._released.add(optimizer)
+        self._trained.carry(optimizer, accumulator.parameters, self.state.ledger)
         accumulator.write_grads(accumulator.gradient, self.plan.expected_batch_size, rescale)
         accumulator.clear_rows(self.reduction.known_to_all(self.engine.padding_rows))
         self.engine.accept_grads(accumulator.names)
@@ -268,15 +269,15 @@ class PrivateStep:
 
     def check_released(self) -> None:
         """Raise PrivacyError, at the end of a fit, if backprops arrived and no private optimizer has stepped."""
-        checks.check_released(seen_backprops=self.seen_backprops, released=self._released)
+        checks.check_released(seen_backprops=self.seen_backprops, released=self._trained.released)
 
     def leave_open(self) -> None:
         """Record, at the end of a manual ``training_step``, the optimizers that hold backprops."""
         self.unfinished |= {index for index, acc in self.accumulators.items() if self.engine.has_backprops(acc.names)}
 
     def close(self) -> None:
-        """Record the trained values, and remove the engine from the module."""
-        note_values(self.module.parameters())
+        """Record the trained values, and remove all hooks from the module."""
+        self._trained.close()
         end_all(self.recording)
         self.engine.end()
         self.engine.detach()
