@@ -61,9 +61,10 @@ def make_plan(clipping: Clipping, mechanisms: Mechanisms | None = None, **option
 
 
 def make_state(plan: DPPlan | None = None, **options: Any) -> PrivacyState:
-    """A fresh state with a plan."""
+    """A fresh state with a plan; weights that other runs have left count for nothing."""
     relation = "add_or_remove_one" if plan is None else plan.neighboring_relation
     state = PrivacyState(relation, make_accountant("pld"), **{"seeded": False, "secure": False, **options})
+    state.begin_after([])
     state.plan = make_plan(FlatClipping(1.0)) if plan is None else plan
     return state
 
