@@ -185,9 +185,11 @@ class UserVariables:
         layers = [layer for owner in owners if isinstance(owner, nn.Module) for layer in owner.modules()]
         return cls([*roots, *held], kinds, layers)
 
-    def _search(self, function: Any) -> None:
+    def _search(self, function: Any, attributes: Iterable[str] = ()) -> None:
         for name in ("fget", "func", "__func__"):  # of a property, a partial function and a method
             function = getattr(function, name, function)
+        if attributes and isinstance(function, types.FunctionType):
+            self._entry(vars(function)).update(attributes)
         if isinstance(function, types.FunctionType) and id(function) not in self._seen:
             self._seen.add(id(function))
             if isinstance(inner := getattr(function, "__wrapped__", None), types.FunctionType):
@@ -199,6 +201,7 @@ class UserVariables:
             kept = [(f"{index} of {function.__qualname__}", one) for index, one in enumerate(defaults)]
             self._defaults.update((name, one) for name, one in kept if WAYS[type(one)])
             self._entry(function.__globals__)
+            self._search(function, names.attributes)
             for name in names.named:
                 value = function.__globals__.get(name)
                 self._search_global(function, name, value, names)
@@ -206,7 +209,7 @@ class UserVariables:
                 if name in names.assigned or isinstance(_content(cell), _PLAIN) or _may_keep(_content(cell), function):
                     self._cells[f"{name} of {function.__qualname__} {id(cell)}"] = cell
                 elif is_own_function(_content(cell)):
-                    self._search(_content(cell))
+                    self._search(_content(cell), names.attributes)
 
     def _search_global(self, function: Any, name: str, value: Any, names: Names) -> None:
         attributes = names.attributes
@@ -218,9 +221,7 @@ class UserVariables:
             if value.__globals__ is not function.__globals__:
                 self.foreign[f"{value.__module__}.{value.__qualname__}"] = vars(value)
                 return
-            if attributes:
-                self._entry(vars(value)).update(attributes)
-            self._search(value)
+            self._search(value, attributes)
         elif isinstance(value, types.ModuleType) and _package_of(value.__name__) in NOT_OWN:
             self.foreign[value.__name__] = vars(value)
         elif isinstance(value, types.ModuleType):

@@ -112,6 +112,20 @@ def enclosed_options(**options: Any) -> Any:
     return Enclosed(**options)
 
 
+def attribute_of_a_function(**options: Any) -> Any:
+    def factor() -> float:
+        return getattr(factor, "seen", 1.0)
+
+    class Enclosed(Latches):
+        def read(self) -> float:
+            return factor()
+
+        def write(self) -> None:
+            factor.seen = 0.5  # type: ignore[attr-defined]
+
+    return Enclosed(**options)
+
+
 class Gate(nn.Module):
     def forward(self, loss: Tensor, is_set: bool) -> Tensor:
         global FACTOR
@@ -218,7 +232,8 @@ class ByATransfer(InALayer):
 
 
 OUTSIDE = [InALayer, InAFunction, InAHook, ByAnObject, ByATransfer]
-VARIABLES = [GlobalNumber, GlobalOptions, GlobalList, OfItsClass, OfABase, enclosed, enclosed_options, *OUTSIDE]
+ENCLOSED = [enclosed, enclosed_options, attribute_of_a_function]
+VARIABLES = [GlobalNumber, GlobalOptions, GlobalList, OfItsClass, OfABase, *ENCLOSED, *OUTSIDE]
 
 
 @pytest.fixture(autouse=True)
