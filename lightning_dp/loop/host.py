@@ -17,8 +17,9 @@ from typing_extensions import override
 
 from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.step import checks
+from lightning_dp.step.held_functions import attributes_of, functions_in
 from lightning_dp.step.host import Host
-from lightning_dp.step.object_kinds import own_classes
+from lightning_dp.step.object_kinds import WAYS, own_classes
 from lightning_dp.step.surroundings import Surroundings
 from lightning_dp.step.variables import UserVariables
 
@@ -127,7 +128,8 @@ class LoopHost(Host):
     def attributes(self) -> list[Any]:
         held = [one for one in held_by(self.loss_fn) if not isinstance(one, (types.FunctionType, types.ModuleType))]
         attributes = [vars(one) for one in held if isinstance(getattr(one, "__dict__", None), dict)]
-        return [*attributes, *self._surroundings().watched]
+        arguments = {f"{index} of the loss function": one for index, one in enumerate(held) if WAYS[type(one)]}
+        return [*attributes, arguments, *self._surroundings().watched]
 
     def _surroundings(self) -> Surroundings:
         """Return what surrounds the model, as the loss function names it."""
@@ -138,7 +140,8 @@ class LoopHost(Host):
             calls = [vars(kind).get("__call__") or vars(kind).get("forward") for kind in kinds]
             roots = [self._model, *(one for one in held_by(self.loss_fn) if isinstance(one, nn.Module))]
             layers = [layer for root in roots for layer in root.modules()]
-            variables = UserVariables([self.loss_fn, *calls], kinds, layers)
+            functions = functions_in([self.loss_fn, *attributes_of(owner), *calls])
+            variables = UserVariables([self.loss_fn, *calls, *functions], kinds, layers)
             found = Surroundings([*self.others(), self._loader], self._model.parameters(), variables)
             self._found = self.loss_fn, found
         return found

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_dp.step.held_functions import content_of, functions_in, is_own_function
 from lightning_dp.step.names import Names
 from lightning_dp.step.object_kinds import NOT_OWN, WAYS, entries_of, own_classes, slots_of, state_of_class
 from lightning_dp.step.snapshot import OWN_OUTSIDE
@@ -164,7 +165,7 @@ class UserVariables:
         """Views of all that was found."""
         small = [(held, {name for name in names if is_small(held.get(name))}) for held, names in self._globals.values()]
         # a list of an enclosing function, to which user code appends, shows the runs of checks too
-        cells = {name: cell for name, cell in self._cells.items() if _may_restore(_content(cell))}
+        cells = {name: cell for name, cell in self._cells.items() if _may_restore(content_of(cell))}
         self.restored: list[Any] = [*(Variables.of_dict(held, frozenset(names)) for held, names in small)]
         """Views of what is restored after a trial."""
         defaults = {name: value for name, value in self._defaults.items() if is_small(value)}
@@ -180,7 +181,7 @@ class UserVariables:
         kinds = [kind for owner in owners for kind in own_classes(owner.__class__)]
         roots = [each for kind in kinds for name, each in vars(kind).items() if name in _ROOTS or name[:3] == "on_"]
         values = [each for owner in owners for each in vars(owner).values()]
-        held = filter(is_own_function, values)
+        held = functions_in([*values, *roots])
         kinds += [kind for each in values if WAYS[type(each)] == "own" for kind in own_classes(each.__class__)]
         layers = [layer for owner in owners if isinstance(owner, nn.Module) for layer in owner.modules()]
         return cls([*roots, *held], kinds, layers)
@@ -206,10 +207,14 @@ class UserVariables:
                 value = function.__globals__.get(name)
                 self._search_global(function, name, value, names)
             for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-                if name in names.assigned or isinstance(_content(cell), _PLAIN) or _may_keep(_content(cell), function):
+                if (
+                    name in names.assigned
+                    or isinstance(content_of(cell), _PLAIN)
+                    or _may_keep(content_of(cell), function)
+                ):
                     self._cells[f"{name} of {function.__qualname__} {id(cell)}"] = cell
-                elif is_own_function(_content(cell)):
-                    self._search(_content(cell), names.attributes)
+                elif is_own_function(content_of(cell)):
+                    self._search(content_of(cell), names.attributes)
 
     def _search_global(self, function: Any, name: str, value: Any, names: Names) -> None:
         attributes = names.attributes
@@ -265,15 +270,6 @@ def _held_by(layers: Iterable[nn.Module]) -> list[Any]:
     held = [each for layer in layers for each in vars(layer).values()]
     hooks = [each for registry in held if isinstance(registry, OrderedDict) for each in registry.values()]
     return [*filter(is_own_function, (*held, *hooks))]
-
-
-def is_own_function(value: Any) -> bool:
-    """Tell whether something is a function that is not of Python, torch, Lightning or this package."""
-    return isinstance(value, types.FunctionType) and value.__module__.partition(".")[0] not in NOT_OWN
-
-
-def _content(cell: types.CellType) -> Any:
-    return None if cell == types.CellType() else cell.cell_contents
 
 
 def _may_restore(value: Any) -> bool:
