@@ -277,7 +277,7 @@ class Couplings:
             return exchange.fingerprint(step.reduction, step.engine, weights, {name: known[name] for name in names})
 
         probe = self._runs.again(snapshot, records, draws, engine=True, read=read)
-        found = exchange.join(probe.found, records, self._runs.scale(size), frozenset(probe.stepped))
+        found = exchange.join(probe.found, records, self._runs.scale(size), tuple(probe.stepped))
         found.drawn, found.seeds = probe.drawn, probe.seeds
         found.again = partial(self._fingerprint, snapshot, copy.copy(records), place)
         return found

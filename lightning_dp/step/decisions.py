@@ -4,6 +4,7 @@ depend on the records.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -133,20 +134,20 @@ class Decisions:
             self._host.attempt(run, snapshot.put_back)
             return bool(self._host.stops)
 
-    def check_steps(self, real: set[int], counts: Any, *, further: bool = False) -> None:
+    def check_steps(self, real: Sequence[int], counts: Any, *, further: bool = False) -> None:
         """Check that private optimizers step on single samples as on a batch, unless they go on by turns.
 
         Args:
-            real: private optimizers that stepped.
+            real: private optimizers that stepped, in order.
             counts: ``back_in`` makes a context in which public counters have their values from before the batch;
-                ``decided`` lists sets of optimizers that were checked from them, of other microbatches.
+                ``decided`` lists steps of optimizers that were checked from them, of other microbatches.
             further: whether another microbatch of the batch follows.
 
         Raises:
             PrivacyError: other optimizers step on a single sample, so whether noise is released depends on the samples.
         """
         private = self._step.accumulators.keys()
-        expected = self._turns.expected(private)
+        real, expected = tuple(real), self._turns.expected(private)
         if not further:
             self._turns.note(real)
         if not self._step.reduction.any(real != expected and real not in counts.decided):
@@ -155,19 +156,20 @@ class Decisions:
         records = self._host.records(NUM_FEW)
         with counts.back_in(), self._sandbox.series(is_trial=True) as piece:
 
-            def run(record: Any) -> set[int]:
+            def run(record: Any) -> list[int]:
                 with piece():
                     return self._runs.run([record], Draws(real=True), engine=False, rehearses=rehearses).stepped
 
-            decided = [self._host.attempt(partial(run, record), lambda: None) & private for record in records]
-        for stepped in decided:
+            decided = [self._host.attempt(partial(run, record), lambda: None) for record in records]
+        for found in decided:
+            stepped = tuple(optimizer for optimizer in found if optimizer in private)
             if self._step.reduction.any(stepped != real):
                 raise PrivacyError(
-                    f"Expected private optimizers to step whatever the samples are, got steps of {sorted(real)} on a "
-                    f"batch and of {sorted(stepped)} on one sample alone. One sample could switch off all others: let "
+                    f"Expected private optimizers to step whatever the samples are, got steps of {[*real]} on a "
+                    f"batch and of {[*stepped]} on one sample alone. One sample could switch off all others: let "
                     "batch_idx or a count decide when to step (a sample that is not finite contributes zero anyway)."
                 )
-        counts.decided.append(set(real))
+        counts.decided.append(real)
 
     def check_public(self) -> None:
         """Check that a public optimizer's gradient depends neither on the records nor on their number.
@@ -198,4 +200,4 @@ class Decisions:
                         "data and batch size out of its loss (a generator draws a fixed number of fakes for its own "
                         "step)."
                     )
-        self._step.unchecked_public -= found[0].stepped
+        self._step.unchecked_public -= {*found[0].stepped}

@@ -36,7 +36,7 @@ class Fingerprint:
         norms: (parameters, B) norms of the gradients of each sample's own loss. Private.
         sums: parameter -> weighted sum over the samples that stay, scaled to equal length. Private.
         shapes: of all samples, the exchanged one included.
-        stepped: optimizers that stepped.
+        stepped: optimizers that stepped, in order.
         drawn: states of the global generators after the forward.
         seeds: of the global generators after the forward, which user code may have set.
         again: runs the same batch once more, with the given draws.
@@ -45,7 +45,7 @@ class Fingerprint:
     norms: Tensor
     sums: dict[str, Tensor]
     shapes: Any
-    stepped: frozenset[int]
+    stepped: tuple[int, ...]
     drawn: Any = None
     again: Callable[[Any], Fingerprint] | None = None
     seeds: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +83,7 @@ def fingerprint(
 
 
 def join(
-    found: list[tuple[Tensor, dict[str, Tensor]]], records: list[Any], scale: float, stepped: frozenset[int]
+    found: list[tuple[Tensor, dict[str, Tensor]]], records: list[Any], scale: float, stepped: tuple[int, ...]
 ) -> Fingerprint:
     """Join the fingerprints of several optimizers into one.
 
@@ -91,7 +91,7 @@ def join(
         found: result of :func:`fingerprint` per optimizer.
         records: all samples.
         scale: factor from gradients of the batch's loss to gradients of each sample's own loss.
-        stepped: optimizers that stepped.
+        stepped: optimizers that stepped, in order.
     """
     norms = torch.cat([norms for norms, _ in found]) * scale if found else torch.zeros(0, len(records))
     sums = {name: total for _, part in found for name, total in part.items()}

@@ -50,6 +50,7 @@ def functions_in(values: Iterable[Any]) -> list[Any]:
 
 def attributes_of(owner: Any) -> list[Any]:
     """Return the values of an object's attributes and slots, without those that lead to everything."""
-    outside = getattr(type(owner), OWN_OUTSIDE, ())
-    held = {name: getattr(owner, name, None) for name in slots_of(type(owner))} | getattr(owner, "__dict__", {})
+    kind: Any = type(owner)
+    outside = getattr(kind, OWN_OUTSIDE, ())
+    held = {name: getattr(owner, name, None) for name in slots_of(kind)} | getattr(owner, "__dict__", {})
     return [value for name, value in held.items() if name not in outside]

@@ -53,7 +53,7 @@ class Microbatch:
         """Factor from the recorded gradient of each sample to that of its own loss; one, or shape (B,) in float64."""
         if owners is not None and step.settings.unit_gradient == "mean":
             self.scale = self.scale / torch.bincount(owners.cpu()).double()
-        self.collected: set[int] = set()
+        self.collected: list[int] = []
         self.began = self.num_hooks = 0
         """Number of differentiable operations, and of hooks, before the forward."""
         self.readings = Readings()

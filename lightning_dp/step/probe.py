@@ -43,7 +43,7 @@ class Probe:
         self.found: list[Any] = []
         self.private: dict[str, Tensor] = {}
         self.public: dict[str, Tensor] = {}
-        self.stepped: set[int] = set()
+        self.stepped: list[int] = []
         self.used = set[str]()  # names of private parameters that got a gradient; none if the engine records
         self.drawn: Any = None  # states of the global generators after the forward
         self.seeds: dict[str, Any] = {}  # of the global generators, then
@@ -99,7 +99,7 @@ class Probe:
     def collect(self, optimizer: int) -> None:
         """Take the gradients of an optimizer at the point where a real run would step it."""
         step = self._step
-        self.stepped.add(optimizer)
+        self.stepped.append(optimizer)
         own = step.parameters.of(optimizer)
         names = list(own)
         if optimizer in step.settings.public_optimizers:

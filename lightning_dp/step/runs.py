@@ -241,7 +241,7 @@ class TrialRuns:
             with freezing:
                 self.host.end_batch(outputs[-1] if outputs else None)
         self.used |= probe.used
-        self.stepped |= probe.stepped
+        self.stepped.update(probe.stepped)
         self._note_draws(frozen.has_draws if freezes else torch_generators() != before[0], were_frozen=freezes)
         self._is_narrow |= frozen.is_narrow
         if frozen.communicated:

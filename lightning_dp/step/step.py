@@ -250,7 +250,7 @@ class PrivateStep:
             again=self.recording.further and optimizer in self.recording.collected,
             microbatch_size=1 if self.runs_samples_alone else self.settings.microbatch_size,
         )
-        self.recording.collected.add(optimizer)
+        self.recording.collected.append(optimizer)
         self.collect(optimizer)
 
     def discard(self, optimizer: int) -> None:

@@ -25,8 +25,8 @@ class Counts:
         self._strategy = strategy
         self._values = self._read()
         self._after: int | None = None
-        self.decided: list[set[int]] = []
-        """Sets of optimizers that stepped from these counters, once single samples have decided likewise."""
+        self.decided: list[tuple[int, ...]] = []
+        """Steps of optimizers from these counters, in order, once single samples have decided likewise."""
         self._attributes, self._names = plain_of(strategy.module.__dict__), {*strategy.module.__dict__}
 
     @classmethod

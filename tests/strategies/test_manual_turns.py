@@ -113,3 +113,32 @@ def test_a_step_out_of_turn_by_a_rare_record_is_refused(tmp_path: Any) -> None:
     trainer = make_trainer(DPStrategy(noise_multiplier=1.0, seed=1), tmp_path, max_epochs=10)
     with pytest.raises(PrivacyError, match=r"got steps of \[0, 1\] on a batch and of \[\] on one sample alone"):
         trainer.fit(StepsTogether(), loader)
+
+
+class ByARecord(TwoOptimizers):
+    """Steps in another order, or once more, if a record is odd."""
+
+    further = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers, odd = [*self.optimizers()], bool((batch[0] == ODD).any())
+        order = [*optimizers, *optimizers[:odd]] if self.further else optimizers[:: -1 if odd else 1]
+        for optimizer in order:
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+
+ODD = 1.25
+
+
+@pytest.mark.parametrize(("further", "steps"), [(False, r"\[1, 0\]"), (True, r"\[0, 1, 0\]")])
+def test_an_order_of_steps_by_a_record_is_refused(tmp_path: Any, further: bool, steps: str) -> None:
+    features, labels = make_dataset().tensors
+    features[40] = ODD
+    module, strategy = ByARecord(), DPStrategy(noise_multiplier=1.0, seed=1)
+    module.further = further
+    trainer = make_trainer(strategy, tmp_path, max_epochs=2)
+    with pytest.raises(PrivacyError, match=rf"got steps of {steps} on a batch and of \[0, 1\] on one sample alone"):
+        trainer.fit(module, DataLoader(TensorDataset(features, labels), batch_size=32))
+    assert strategy.ledger.num_steps > 0
