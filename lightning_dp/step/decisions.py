@@ -52,9 +52,9 @@ class Decisions:
             further: whether another microbatch of the batch follows.
             before: makes a context in which counters and numbers of the module have their values from before the batch.
         """
-        expected = bool(self._losses.expected({0}))
+        expected = bool(self._losses.expected([0]))
         if not further:
-            self._losses.note({0} if exists else set())
+            self._losses.note([0] if exists else [])
         if exists != expected:
             self._unexpected = exists, count, before
 

@@ -158,7 +158,7 @@ class Trained:
         self._module = module
         self.released: dict[int, Mapping[str, nn.Parameter]] = {}
         """Parameters by index of the optimizer, as of its last release."""
-        self._hook = module.register_load_state_dict_post_hook(_note_load)
+        self._hook: Any = module.register_load_state_dict_post_hook(_note_load)  # type: ignore[no-untyped-call]
 
     def carry(self, optimizer: int, parameters: Mapping[str, nn.Parameter], ledger: Ledger) -> None:
         """Record that an optimizer trains these parameters, before their values change; more may train later."""

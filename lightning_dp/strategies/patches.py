@@ -102,7 +102,7 @@ class Patches:
             answer = optimizer_step(*args, **kwargs)
             if self._step.settings.check_per_sample:
                 has_stepped = self._step.state.steps_taken > before
-                self._trial.decisions.check_steps({*self._step.accumulators} if has_stepped else set(), counts)
+                self._trial.decisions.check_steps([*self._step.accumulators] if has_stepped else [], counts)
             return answer
 
         return step
