@@ -67,7 +67,7 @@ class PrivateFit:
         self._trial = Trial(self.step, self._host, self._sandbox)
         self.before_item = self._trial.written.hold
         self._logs = TrainingLogs(trainer, strategy.state.nonprivate_logs, strict=strategy.settings.strict_logging)
-        self.patches = Patches(strategy, self.step, self._trial, lambda: self.on_trial)
+        self.patches = Patches(strategy, self.step, self._trial, vars(self._host.clips), lambda: self.on_trial)
         self.guard.start()
         self.patches.apply()
         self._host.hooks.watch(lambda: self.on_trial)

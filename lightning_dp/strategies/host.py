@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,12 +37,8 @@ class LightningHost(Host):
     """
 
     def __init__(self, strategy: PrivateStrategy) -> None:
-        super().__init__(
-            lambda: strategy.loader,
-            strategy.to_device,
-            world_size=strategy.world_size,
-            limit=strategy.settings.samples_at_once,
-        )
+        limit = strategy.settings.samples_at_once
+        super().__init__(lambda: strategy.loader, strategy.to_device, world_size=strategy.world_size, limit=limit)
         self._strategy, trainer = strategy, strategy.trainer
         self.shows_progress = trainer.progress_bar_callback is not None and trainer.is_global_zero
         self.narrow = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
@@ -52,6 +49,7 @@ class LightningHost(Host):
         self._is_ending = False  # whether the run ends anyway, by a callback of Lightning's own
         self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         """Further arguments of the current ``training_step``."""
+        self.clips = SimpleNamespace()  # arguments of the module's ``clip_gradients``, compared as rates are
         self._held: tuple[Any, list[Any]] | None = None  # arguments and public counters before the trial under way
 
     @override
@@ -60,7 +58,8 @@ class LightningHost(Host):
 
     @override
     def others(self) -> list[Any]:
-        return [*self._strategy.optimizers, *(config.scheduler for config in self._strategy.lr_scheduler_configs)]
+        configs = self._strategy.lr_scheduler_configs
+        return [*self._strategy.optimizers, *(config.scheduler for config in configs), self.clips]
 
     def reachable(self) -> list[Any]:
         """Return the objects, in addition to the module, whose state is restored after a trial."""

@@ -29,13 +29,20 @@ class Patches:
         strategy: strategy of the Trainer.
         step: private step, which forgets backprops when ``zero_grad`` is called.
         trial: checks an epoch that user code ends early.
+        noted: takes the arguments of ``clip_gradients``, to be compared as state.
         is_on_trial: tells whether user code runs in the sandbox.
     """
 
     def __init__(
-        self, strategy: PrivateStrategy, step: PrivateStep, trial: Trial, is_on_trial: Callable[[], bool]
+        self,
+        strategy: PrivateStrategy,
+        step: PrivateStep,
+        trial: Trial,
+        noted: dict[str, Any],
+        is_on_trial: Callable[[], bool],
     ) -> None:
         self._strategy, self._step, self._trial, self._is_on_trial = strategy, step, trial, is_on_trial
+        self._noted = noted
         self._overrides = Overrides()
         self._clips: dict[int, Callable[[], None]] = {}
         self._released: Gradients | None = None
@@ -114,8 +121,11 @@ class Patches:
 
         @functools.wraps(clip_gradients)
         def clip_later(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            held = getattr(optimizer, "optimizer", optimizer)
+            number = next((number for number, one in enumerate(self._strategy.optimizers) if one is held), -1)
+            for name, value in {**dict(enumerate(args)), **kwargs}.items():
+                self._noted[f"{name} of clip_gradients, optimizer {number}"] = value
             if not self._is_on_trial() or self.is_rehearsing:
-                held = getattr(optimizer, "optimizer", optimizer)
                 self._clips[id(held)] = functools.partial(clip_gradients, held, *args, **kwargs)
 
         return clip_later

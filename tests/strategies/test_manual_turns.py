@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -142,3 +143,26 @@ def test_an_order_of_steps_by_a_record_is_refused(tmp_path: Any, further: bool, 
     with pytest.raises(PrivacyError, match=rf"got steps of {steps} on a batch and of \[0, 1\] on one sample alone"):
         trainer.fit(module, DataLoader(TensorDataset(features, labels), batch_size=32))
     assert strategy.ledger.num_steps > 0
+
+
+class ClipsByARecord(TwoOptimizers):
+    """Clips its private gradient to another length if a record is odd."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            value = 0.01 if (batch[0] == ODD).any() else 1 / (1 + batch_idx)
+            self.clip_gradients(optimizer, gradient_clip_val=value, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+
+@pytest.mark.parametrize("odd", [True, False])
+def test_a_clip_by_a_record_is_refused(tmp_path: Any, odd: bool) -> None:
+    features, labels = make_dataset().tensors
+    features[40] = ODD if odd else features[41]
+    loader = DataLoader(TensorDataset(features, labels), batch_size=32)
+    trainer = make_trainer(DPStrategy(noise_multiplier=1.0, seed=1), tmp_path, max_epochs=3)
+    match = "leaves 'SimpleNamespace.gradient_clip_val of clip_gradients, optimizer 0'"
+    with pytest.raises(PrivacyError, match=match) if odd else nullcontext():
+        trainer.fit(ClipsByARecord(), loader)
