@@ -123,7 +123,7 @@ class Patches:
         def clip_later(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             held = getattr(optimizer, "optimizer", optimizer)
             number = next((number for number, one in enumerate(self._strategy.optimizers) if one is held), -1)
-            for name, value in {**dict(enumerate(args)), **kwargs}.items():
+            for name, value in [*enumerate(args), *kwargs.items()]:
                 self._noted[f"{name} of clip_gradients, optimizer {number}"] = value
             if not self._is_on_trial() or self.is_rehearsing:
                 self._clips[id(held)] = functools.partial(clip_gradients, held, *args, **kwargs)
