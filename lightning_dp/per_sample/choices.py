@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.per_sample.arguments import tensors_in
 from lightning_dp.per_sample.owned import Entries, Owners, Rows
 
@@ -61,6 +62,64 @@ def chooses_rows(name: str, args: Any, kwargs: Any, owners_of: OwnersOf, size: i
     )
 
 
+def chooses_by_others(name: str, args: Any, kwargs: Any, out: Any, owners_of: OwnersOf) -> bool:
+    """Tell whether values of other samples choose among the rows of a sample.
+
+    An index that permutes whole rows, as by their lengths, chooses nothing, and one that was computed from running sums
+    of numbers of rows says where samples begin.
+
+    Args:
+        name: of the operation, one of those that select entries of their first argument.
+        args: its arguments.
+        kwargs: the same, by name.
+        out: its result.
+        owners_of: returns the owners of a tensor.
+    """
+    data = args[0]
+    rows = owners_of(data)
+    if not isinstance(rows, Rows):
+        return False
+    with unfollowed():
+        if name == "__getitem__":
+            placed = [*_placed(args[1], data.dim())]
+        elif name == "masked_select":
+            placed = [(data.dim() - one.dim(), one) for one in tensors_in(args[1:], kwargs)]
+        else:
+            axis = kwargs.get("dim", next((one for one in args[1:] if isinstance(one, int)), 0))
+            placed = [(axis % max(1, data.dim()), one) for one in tensors_in(args[1:], kwargs)]
+        return any(
+            _is_by_others(index, at, rows, owners_of(index), owners_of(out))
+            for at, index in placed
+            if isinstance(index, Tensor) and isinstance(out, Tensor)
+        )
+
+
+def _is_by_others(index: Tensor, at: int, rows: Rows, owners: Owners, after: Owners) -> bool:
+    """Tell whether an index that applies to axes from ``at`` on chooses rows of one sample by values of others."""
+    if owners is None:
+        return False
+    if index.dtype in (torch.bool, torch.uint8):
+        if not isinstance(owners, Rows) or (rows.axis is None) != (owners.axis is None):
+            return True
+        moved = owners.axis is not None and rows.axis != at + owners.axis
+        return moved or not torch.equal(rows.index, owners.index)
+    is_order = at == rows.axis and index.shape == (rows.num,)
+    if is_order and torch.equal(index.sort()[0], torch.arange(rows.num, device=index.device)):
+        return False
+    if isinstance(owners, Rows):
+        return not isinstance(after, Rows) or not torch.equal(after.index, owners.index)
+    return not owners.is_running
+
+
+def _placed(index: Any, num_axes: int) -> Iterator[tuple[int, Any]]:
+    """Yield the parts of an index, each with the first axis that it applies to."""
+    parts = _parts_of(index)
+    named, at = sum(_num_axes(part) for part in parts), 0
+    for part in parts:
+        yield at, part
+        at += num_axes - named if part is Ellipsis else _num_axes(part)
+
+
 def _holds_all_alike(owners: Owners, size: int) -> bool:
     """Tell whether a tensor holds equally many rows of every sample, or none."""
     if not isinstance(owners, Rows):
@@ -71,19 +130,17 @@ def _holds_all_alike(owners: Owners, size: int) -> bool:
 
 def _indices_at(index: Any, axis: int, num_axes: int) -> Iterator[Any]:
     """Yield the part of an index that applies to an axis."""
-    # torch reads a list with slices as a tuple
-    parts = (
-        tuple(index)
-        if isinstance(index, tuple) or (isinstance(index, list) and slice in map(type, index))
-        else (index,)
-    )
-    named = sum(_num_axes(part) for part in parts)
-    at = 0
-    for part in parts:
-        covers = num_axes - named if part is Ellipsis else _num_axes(part)
-        if at <= axis < at + covers:
+    placed = [*_placed(index, num_axes)]
+    ends = [*(at for at, _ in placed[1:]), num_axes]
+    for (at, part), end in zip(placed, ends, strict=True):
+        if at <= axis < end:
             yield part
-        at += covers
+
+
+def _parts_of(index: Any) -> tuple[Any, ...]:
+    # torch reads a list with slices as a tuple
+    is_several = isinstance(index, tuple) or (isinstance(index, list) and slice in map(type, index))
+    return tuple(index) if is_several else (index,)
 
 
 def _num_axes(part: Any) -> int:

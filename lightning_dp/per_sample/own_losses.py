@@ -11,39 +11,31 @@ finite counts as 0, so that user code that asks for finite losses sees what the 
 
 from __future__ import annotations
 
-import functools
-import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import is_view, memory_of
 from lightning_dp.per_sample.arguments import tensors_in
+from lightning_dp.per_sample.choices import chooses_by_others
 from lightning_dp.per_sample.following import Follower
+from lightning_dp.per_sample.loss_kinds import (
+    BY_VALUES,
+    EXTREMES,
+    IN_PLACE,
+    defaults_of,
+    is_over_all_axes,
+    kind_of,
+    weights_of,
+)
 from lightning_dp.per_sample.nodes import is_tracked
-from lightning_dp.per_sample.owned import Rows
+from lightning_dp.per_sample.owned import Mixed, Rows
 from lightning_dp.per_sample.places import Places
 from lightning_dp.per_sample.telling import Telling
-
-_LOSSES = """cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss kl_div binary_cross_entropy
-    binary_cross_entropy_with_logits poisson_nll_loss gaussian_nll_loss soft_margin_loss hinge_embedding_loss
-    cosine_embedding_loss margin_ranking_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss
-    triplet_margin_loss"""
-_ARITHMETIC = (
-    """add sub mul div pow rsub truediv rdiv rtruediv radd rmul rpow neg abs eq ne lt le gt ge and or invert"""
-)
-_FUNCTIONS = """add sub subtract mul multiply div divide true_divide pow neg abs exp log log1p expm1 sqrt rsqrt square
-    reciprocal clamp clamp_min clamp_max maximum minimum nan_to_num float double half bfloat16 to type_as clone
-    eq ne lt le gt ge isfinite isnan isinf logical_and logical_or logical_not where zeros_like ones_like full_like"""
-_REDUCTIONS = {"sum", "mean", "nansum", "nanmean", "count_nonzero"}
-_IN_PLACE = {f"{name}_" for name in ("add", "sub", "mul", "div")}
-_SCALARS = {*(f"__{name}__" for name in _ARITHMETIC.split()), *_FUNCTIONS.split(), *_IN_PLACE}
-_SELECTIONS = {"masked_select", "nonzero", "argwhere", "unique", "unique_consecutive"}
 
 
 class OwnLosses(Telling):
@@ -82,9 +74,11 @@ class OwnLosses(Telling):
         self._ids = set(map(id, self._constants))
         self._memory: set[int] | None = None  # addresses of the constants, once they are asked for
         self._rows: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self.figures: list[tuple[Hashable, Tensor]] = []
+        """Values of no record that losses of records were computed with, each with a key; they may follow the batch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, kind = kwargs or {}, _kind(func)
+        kwargs, kind = kwargs or {}, kind_of(func)
         if self.hear is not None and self._depth == 1:
             self.hear(func, args, kwargs)
         rows: Tensor | None = None
@@ -93,8 +87,8 @@ class OwnLosses(Telling):
         if kind == "loss":
             rows = self._of_loss(func, args, kwargs)
         elif kind == "reduction":
-            if len(args) == 1 and not kwargs.keys() - {"dtype"}:
-                rows = self._of_reduction(func, args[0], kwargs)
+            if args and is_over_all_axes(func.__name__, args[0], args[1:], kwargs):
+                rows = self._of_reduction(func, args[0], {key: kwargs[key] for key in kwargs.keys() & {"dtype"}})
         elif kind == "stack":
             if self._rows and len(args) == 1 and not kwargs:
                 rows = self._of_stack(args[0])
@@ -118,7 +112,7 @@ class OwnLosses(Telling):
 
     def _joined(self, rows: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the scalar of the batch, and note what it is for each record."""
-        if rows.is_floating_point():
+        if rows.is_floating_point() and (rows.requires_grad or getattr(func, "__name__", "") not in EXTREMES):
             value = self._combined(rows)
         else:  # a count: no gradient flows through it
             value = func(*args, **kwargs)
@@ -134,14 +128,34 @@ class OwnLosses(Telling):
         """Return which rows of a tensor belong to which records; None if it has none, or nothing tells."""
         if not isinstance(tensor, Tensor) or is_tracked(tensor) or not tensor.dim():
             return None
+        if self._size == 1:
+            return Places(1, len(tensor))
         if (follower := self._owners()) is not None:
             rows = follower.owners_of(tensor)
             if not isinstance(rows, Rows) or rows.axis != 0 or rows.has_nobody:
                 return None
-            return Places(self._size, len(tensor), rows.index)
+            return Places(self._size, len(tensor), rows.index, follower)
         num = tensor.shape[0]
         by_position = num > 0 and num % self._size == 0 and not self._is_constant(tensor)
         return Places(self._size, num) if by_position else None
+
+    def _check_unmixed(self, func: Any, tensor: Any) -> None:
+        """Refuse a loss of rows that are known to mix records: it is not made of losses of the records."""
+        follower = self._owners()
+        if follower is not None and isinstance(tensor, Tensor) and tensor.requires_grad and not is_tracked(tensor):
+            owners = follower.owners_of(tensor)
+            if isinstance(owners, Mixed):
+                raise _unknown(f"{func.__name__} of rows after {owners.by}, which mixes records")
+
+    def _meet(self, func: Any, tensor: Tensor) -> None:
+        """Take note of a value of no record that meets the losses of records; refuse one that records have mixed."""
+        if self._known(tensor) is not None or is_tracked(tensor) or self._places(tensor) is not None:
+            return
+        owners = None if (follower := self._owners()) is None else follower.owners_of(tensor)
+        if owners is not None and self._size > 1:
+            raise _unknown(f"{func.__name__} with a value that other records have a part in")
+        if not self._is_constant(tensor):
+            self.figures.append((("own loss", func.__name__), tensor))
 
     def _is_constant(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is a parameter or a buffer, or a view of one."""
@@ -156,7 +170,10 @@ class OwnLosses(Telling):
     def _of_reduction(self, func: Any, tensor: Any, kwargs: Any) -> Tensor | None:
         known = self._known(tensor) if isinstance(tensor, Tensor) else None
         places = self._places(tensor) if known is None else Places(self._size, self._size)
-        return None if places is None else places.reduced(func, tensor if known is None else known, kwargs)
+        if places is None:
+            self._check_unmixed(func, tensor)
+            return None
+        return places.reduced(func, tensor if known is None else known, kwargs)
 
     def _of_stack(self, tensors: Any) -> Tensor | None:
         rows = [self._known(one) for one in tensors]
@@ -164,7 +181,7 @@ class OwnLosses(Telling):
         return torch.stack(known, 1) if len(known) == len(rows) else None
 
     def _of_loss(self, func: Any, args: Any, kwargs: Any) -> Any:
-        defaults = _defaults(func)
+        defaults = defaults_of(func)
         options = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
         reduction = options["reduction"]
         if reduction not in ("mean", "sum", "batchmean") or options.get("reduce") is not None:
@@ -172,20 +189,23 @@ class OwnLosses(Telling):
         losses: Tensor = func(**{**options, "reduction": "none"})
         places = self._places(losses)
         if places is None:
+            self._check_unmixed(func, losses)
             return None
         total = places.sums(losses)
         if reduction == "sum":
             return total
         if reduction == "batchmean":
             return total / places.counts
-        weights = _weights(options) if "ignore_index" in options else None
-        if weights is not None:
-            return total / places.sums(weights).to(total.dtype)
+        if "ignore_index" in options and not options["target"].is_floating_point():
+            weights, counted = weights_of(options)
+            return total / (places.sums(weights).to(total.dtype) + (places.sums(counted) == 0))
         return total / (places.counts * (losses.numel() // max(1, len(losses))))
 
     def _of_scalars(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation on scalars of records: on scalars for each record, on rows for the rows of each."""
-        in_place = func.__name__ in _IN_PLACE
+        in_place = func.__name__ in IN_PLACE
+        for one in tensors_in(args[in_place:], kwargs):
+            self._meet(func, one)
         if in_place and self._known(args[0]) is None:  # a sum of the user's own, such as one over batches: it stays one
             rows = getattr(args[0].clone(), func.__name__.removesuffix("_"))(self._row(args[1], ()), **kwargs)
             value = func(*args, **kwargs)
@@ -220,52 +240,35 @@ class OwnLosses(Telling):
         return rows.clone() if places is None else places.spread(rows).reshape(shape)
 
     def _selected(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Refuse a selection by values among rows through which a gradient flows, if nothing tells whose they are."""
+        """Refuse a selection among the rows of a record by values of others, or by values if nothing tells whose rows
+        through which a gradient flows are.
+        """
         name, out = func.__name__, func(*args, **kwargs)
-        if not (isinstance(args[0], Tensor) and args[0].requires_grad) or is_tracked(args[0]):
+        if not (args and isinstance(args[0], Tensor)) or is_tracked(args[0]):
             return out
+        follower = self._owners()
         index = args[1] if name == "__getitem__" else ()
         chosen = index if isinstance(index, tuple) else (index,)
+        if follower is not None and self._size > 1:
+            owners = follower.owners_of(out) if isinstance(out, Tensor) and out.dim() else None
+            is_list = not (name == "__getitem__" and isinstance(chosen[0], (int, slice)))
+            if isinstance(owners, Rows) and owners.axis is None and is_list:  # a single row: its axis may have more
+                data = follower.owners_of(args[0])
+                if isinstance(data, Rows) and data.axis == 0:
+                    follower.note(out, Rows(0, owners.index.expand(len(out))))
+            if chooses_by_others(name, args, kwargs, out, follower.owners_of):
+                raise _unknown(f"{name} by values of others")
         by_mask = any(
             isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) and one.dim() for one in chosen
         )
-        if (name in _SELECTIONS or by_mask) and (self._owners() is None or self._places(out) is None):
-            raise PrivacyError(
-                f"Expected rows whose records are known by their positions under per_sample_loss=True, got {name} by "
-                "values. Multiply by a mask instead, or pass grad_sample='single'."
-            )
+        by_values = args[0].requires_grad and (name in BY_VALUES or by_mask)
+        if by_values and (follower is None or isinstance(follower.owners_of(out), Mixed)):
+            raise _unknown(f"{name} by values")
         return out
 
 
-@functools.lru_cache(4096)  # asked of every operation of a step
-def _kind(func: Any) -> str | None:
-    """Return the kind of an operation that this mode knows; None for all others."""
-    name: str = getattr(func, "__name__", "")
-    if func in [getattr(F, one) for one in _LOSSES.split()]:
-        return "loss"
-    if name in _REDUCTIONS:
-        return "reduction"
-    if name in _SCALARS:
-        return "scalar"
-    if name in _SELECTIONS or name == "__getitem__":
-        return "selection"
-    return "stack" if name == "stack" else None
-
-
-@functools.cache
-def _defaults(func: Any) -> dict[str, Any]:
-    """Return the arguments of a function by name, in their order, with the values that they have if not given."""
-    return {name: parameter.default for name, parameter in inspect.signature(func).parameters.items()}
-
-
-def _weights(options: Any) -> Tensor | None:
-    """Return what each entry of a loss counts for in its mean; None for one each."""
-    target: Tensor = options["target"]
-    if target.is_floating_point():
-        return None
-    counted: Tensor = target != options["ignore_index"]
-    weight: Tensor | None = options["weight"]
-    if weight is None:
-        return counted
-    weights: Tensor = weight[target.masked_fill(~counted, 0)] * counted
-    return weights
+def _unknown(what: str) -> PrivacyError:
+    return PrivacyError(
+        f"Expected rows whose records are known by their positions under per_sample_loss=True, got {what}. Multiply by "
+        "a mask instead, or pass grad_sample='single'."
+    )

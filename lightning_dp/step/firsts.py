@@ -84,7 +84,7 @@ class Firsts:
 
 class Shown:
     """Values that batches show of their records: sizes of rows, values that user code reads, and values of tensors
-    without samples that functions of parameters meet, such as the weight of a penalty.
+    without samples that meet functions of parameters, such as the weight of a penalty, or losses of records.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Shown:
         """
         if step.recording is not None:
             self.readings.see(step.recording.readings.take(), checked=checked)
-            open_ones = _numbered(step.engine.constants(), self.constants.is_open)
+            open_ones = _numbered(step.recording.constants, self.constants.is_open)
             self.constants.see(_values_of(open_ones), checked=checked)
 
     def are_due(self, number: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -59,6 +60,12 @@ class Microbatch:
         self.readings = Readings()
         """Values that user code has read from tensors."""
         self._own_losses = own_losses(step, count)
+
+    @property
+    def constants(self) -> list[tuple[Hashable, Tensor]]:
+        """Values of no record that functions of parameters, or losses of records, were computed with, by keys."""
+        figures = self._own_losses.figures if isinstance(self._own_losses, OwnLosses) else []
+        return [*self._step.engine.constants(), *figures]
 
     def __enter__(self) -> Microbatch:
         step = self._step

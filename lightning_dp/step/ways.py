@@ -83,8 +83,11 @@ class OneByOne:
         reason = self._reason or error or elsewhere()
         misled = step.takes_own_losses or any(each in str(reason) for each in MISLED)
         misled = step.reduction.agree(misled) and not step.reduction.is_sharded
-        if misled and step.engine.prefer_owners() and not step.reduction.agree(learn() is not None):
-            return True
+        if misled and step.engine.prefer_owners():
+            unfollowed = learn()
+            if not step.reduction.agree(unfollowed is not None):
+                return True
+            reason = (unfollowed or elsewhere()) if step.settings.per_sample_loss else reason
         is_twice = step.reduction.agree(TWICE in str(reason)) and not step.reduction.is_sharded
         if is_twice and step.engine.differentiate_twice() and not step.reduction.agree(learn() is not None):
             return True

@@ -90,6 +90,9 @@ LOSSES: dict[str, Loss] = {
     "root of a mean": lambda x, y: (x.square().mean() + 1e-3).sqrt(),
     "two terms": lambda x, y: flat()(x, y) + 0.1 * masked(x, y),
     "two terms in a stack": lambda x, y: (torch.stack([flat()(x, y), masked(x, y)]) * WEIGHT[:2]).square().sum(),
+    "sum over all axes by name": lambda x, y: x.square().sum((0, 1, -1)) / (y >= 0).sum(dim=(0, 1)),
+    "extremes and truth values": lambda x, y: x.amax() - x.min() + (y == 0).any() * x.mean() + (y > -1).all() * x.sum(),
+    "masked mean, normalised": lambda x, y: masked(x, y) / masked(x, y).detach().sqrt(),
     "a loss of shape (1,)": lambda x, y: (masked(x, y) * WEIGHT[1:2]).square().mean(),
 }
 
@@ -107,6 +110,21 @@ def test_loss_of_a_batch_is_that_of_its_records(name: str, reduction: str) -> No
     torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
     (grad,), (expected_grad,) = (torch.autograd.grad(value, scores) for value in (together, expected))
     torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12)
+
+
+def test_a_term_without_labels_leaves_the_other_terms() -> None:
+    scores, labels = records()
+    scores.requires_grad_()
+    labels[0] = -100
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return x.square().mean() + flat()(x, y)
+
+    with OwnLosses(B, "mean", []):
+        (grad,) = torch.autograd.grad(loss(scores, labels), scores)
+    for i in range(B):
+        (expected,) = torch.autograd.grad(loss(scores[i : i + 1], labels[i : i + 1]), scores)
+        torch.testing.assert_close(grad[i], expected[i] / B, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["cross entropy, ignored labels", "masked mean", "two terms"])

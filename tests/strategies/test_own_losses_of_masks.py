@@ -77,6 +77,25 @@ class Smoothed(Tagger):
         return F.cross_entropy(rows, wanted, weight=weight, ignore_index=3, label_smoothing=0.1)
 
 
+class Filtered(Tagger):
+    """Numbers of a record choose among its rows, and count them."""
+
+    def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        losses = self.losses(hidden, labels)[counted]
+        return losses[losses <= losses.mean()].sum(0) / counted.sum((0, 1)) * (1 + (labels == 4).any())
+
+
+class Weighted(Tagger):
+    """A trained number weighs the loss of each record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        return super().loss(hidden, labels, counted) * torch.exp(-self.log_scale) + self.log_scale
+
+
 class Shared(Tagger):
     """Also subtracts a mean of the whole batch, so that no record has a loss of its own."""
 
@@ -93,11 +112,11 @@ def tagged(*, without: int = NUM_SAMPLES) -> TensorDataset:
     return TensorDataset(words, labels)
 
 
-KINDS = [Tagger, OfHidden, OfFlatRows, OfPlaces, OfLosses, SumsOfLosses, SharesOfLosses, Smoothed]
+KINDS = [Tagger, OfHidden, OfFlatRows, OfPlaces, OfLosses, SumsOfLosses, SharesOfLosses, Smoothed, Filtered, Weighted]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_a_step_is_that_of_a_loop_over_records(
     kind: type[Tagger], tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -106,17 +125,72 @@ def test_a_step_is_that_of_a_loop_over_records(
     assert not [r for r in caplog.records if "runs alone" in r.message]
 
 
-def test_a_record_that_the_mask_leaves_nothing_of_adds_nothing(tmp_path: Any) -> None:
+class TwoTerms(Tagger):
+    """The second term counts a record whose labels are all missing, as its loss alone does."""
+
+    def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        second = hidden.square().mean()
+        return second + self.losses(hidden, labels)[counted].mean() if counted.any() else second
+
+
+def weights(module: Tagger, data: TensorDataset, tmp_path: Any, *, batch_size: int, **options: Any) -> Tensor:
+    """Return the weights after three passes without noise."""
+    settings: Any = {"noise_multiplier": 0.0, "max_grad_norm": 0.1, "per_sample_loss": True, "seed": 5, **options}
+    loader = torch.utils.data.DataLoader(data, batch_size=batch_size)
+    make_trainer(DPStrategy(**settings), tmp_path, max_epochs=3).fit(module, loader)
+    return torch.cat([each.detach().flatten() for each in module.parameters()])
+
+
+@pytest.mark.parametrize("kind", [Tagger, TwoTerms])
+def test_few_labels_of_few_records_count_as_alone(
+    kind: type[Tagger], tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Batches of one record, of one row, and of none come up."""
+    caplog.set_level(logging.INFO)
+    words = token_ids()
+    labels = words.masked_fill(torch.eye(NUM_SAMPLES, dtype=torch.bool).logical_not(), -100)
+    labels[::3] = -100
     found = []
     for grad_sample in ("auto", "single"):
         torch.manual_seed(0)
-        module = Tagger()
-        strategy = DPStrategy(noise_multiplier=0.0, max_grad_norm=0.1, per_sample_loss=True, grad_sample=grad_sample)
-        trainer = make_trainer(strategy, tmp_path, max_epochs=3)
-        trainer.fit(module, torch.utils.data.DataLoader(tagged(without=4), batch_size=NUM_SAMPLES))
-        found.append(torch.cat([each.flatten() for each in module.parameters()]))
+        data = TensorDataset(words, labels)
+        found.append(weights(kind(), data, tmp_path, batch_size=2, grad_sample=grad_sample))
     assert found[0].isfinite().all()
+    assert not [r for r in caplog.records if "runs alone" in r.message]
     torch.testing.assert_close(*found)
+
+
+class OfOthers(Tagger):
+    """Labels of other records choose among the rows of a record, which full records do not show."""
+
+    def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        return super().loss(hidden, labels, counted.flip(0))
+
+
+class OfAll(Tagger):
+    def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        return super().loss(hidden, labels, counted & counted.all(0))
+
+
+class ByPlacesOfOthers(Tagger):
+    def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        rows, places = counted.flip(0).nonzero(as_tuple=True)
+        return F.cross_entropy(self.head(hidden)[rows, places], labels[rows, places]) + super().loss(
+            hidden, labels, counted
+        )
+
+
+class ByAFigureOfAll(Tagger):
+    def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        return super().loss(hidden, labels, counted) * (1 + (labels < 0).flatten().cumsum(0)[-1])
+
+
+@pytest.mark.parametrize("kind", [OfOthers, OfAll, ByPlacesOfOthers, ByAFigureOfAll])
+def test_rows_that_others_choose_run_alone(kind: type[Tagger], tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    words = token_ids().clamp(min=1)
+    weights(kind(), TensorDataset(words, words), tmp_path, batch_size=NUM_SAMPLES)
+    assert [r for r in caplog.records if "other" in r.message and "Each record runs alone" in r.message]
 
 
 def test_a_mean_over_all_rows_beside_own_losses_runs_alone(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:

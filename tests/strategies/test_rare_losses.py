@@ -140,11 +140,11 @@ UNREAD = 58
 """A record of 300 that no check reads. It comes in step 6."""
 
 
-def train(records: list[Any], loss_fn: Any, *, collate: Any = None) -> int:
+def train(records: list[Any], loss_fn: Any, *, collate: Any = None, **options: Any) -> int:
     """Take private steps in a loop on records of which one that no check reads is unlike the others."""
     network = nn.Sequential(nn.Linear(NUM_FEATURES, 5), nn.Tanh(), nn.Linear(5, NUM_CLASSES))
     data: Any = DataLoader(records, batch_size=8, collate_fn=collate)  # type: ignore[arg-type]
-    settings: Any = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "target_delta": 1e-3, "seed": 3}
+    settings: Any = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "target_delta": 1e-3, "seed": 3, **options}
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     with make_private(network, optimizer, data, loss_fn, steps=8, **settings) as private:
         for batch in private.loader:
@@ -171,6 +171,18 @@ def test_what_a_count_has_set_once_no_record_may_set_again() -> None:
     features[UNREAD] = RARE
     with pytest.raises(PrivacyError, match="it differs after the records of a batch"):
         train([*zip(features, labels, strict=True)], SetsOnce())
+
+
+def test_a_figure_that_scales_own_losses_is_compared() -> None:
+    features, labels = make_dataset(300).tensors
+    features[UNREAD] = RARE
+
+    def loss_fn(network: Any, batch: Any) -> Tensor:
+        num_rare = (batch[0] == RARE).any(1).cumsum(0)[-1]
+        return nn.functional.cross_entropy(network(batch[0]), batch[1]) * (1 + num_rare)
+
+    with pytest.raises(PrivacyError, match=REFUSED):
+        train([*zip(features, labels, strict=True)], loss_fn, per_sample_loss=True)
 
 
 def padded(records: list[Any]) -> Any:
