@@ -206,9 +206,13 @@ def _kind_of(func: Any) -> tuple[bool, bool]:
 
 
 def _by_place(like: torch.Tensor) -> torch.Tensor:
-    """Return fixed numbers in (0, 1) that look random; each entry's flat index determines its number."""
-    places = torch.arange(like.numel(), dtype=torch.float64, device=like.device)
-    return ((torch.sin(places * 12.9898 + 1.0) * 43758.5453).frac().abs() * 0.98 + 0.01).view(like.shape)
+    """Return fixed numbers in (0, 1) that look random; the index of each entry determines its number, not the shape:
+    the samples may be along any axis.
+    """
+    angles = torch.ones((), dtype=torch.float64, device=like.device)
+    for axis, size in enumerate(like.shape):
+        angles = angles.unsqueeze(-1) + torch.arange(size, device=like.device) * (12.9898 * math.e**axis)
+    return (torch.sin(angles) * 43758.5453).frac().abs() * 0.98 + 0.01
 
 
 def _shrunk(given: Any, shape: torch.Size) -> Tensor | None:

@@ -197,6 +197,8 @@ def test_draws_frozen_by_place_show_how_many_rows_were_drawn() -> None:
     with FrozenRandomness(by_place=True):
         two, three = torch.randn(2, 1000), torch.randn(3, 1000)
         assert torch.equal(two, three[:2])
+        assert torch.equal(torch.rand(5, 2, 3), torch.rand(5, 4, 3)[:, :2])  # samples along the second axis
+        assert torch.rand(9, 8, 7).unique().numel() > 500
         assert abs(float(two.mean() - three.mean())) > 1e-3
         assert abs(float(three.mean())) < 0.1
         assert abs(float(three.std()) - 1) < 0.1
