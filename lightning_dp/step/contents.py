@@ -146,7 +146,8 @@ class Contents:
         for key, holder in self.holders.items():
             later = after.holders.get(key)
             if later is not None and later is not holder and later.live is holder.live:
-                yield from holder.writes_until(later)
+                for place, before, now in holder.writes_until(later):
+                    yield place, self.number_of(before), after.number_of(now)
         for key, (array, path, values) in self.arrays.items():
             if (also := after.arrays.get(key)) is not None and also[0] is array and not _same_array(values, also[2]):
                 yield ("content", *path), None, None
@@ -156,6 +157,10 @@ class Contents:
                 if count != now and before is not None and newer is not None and not same_values(before, newer):
                     # a trial puts values back, which counts as a change
                     yield ("content", *path), _count_of(before), _count_of(newer)
+
+    def number_of(self, value: Any) -> Any:
+        """Return the whole number in a tensor that was looked at, or None; any other value as it is."""
+        return self.count_in(value) if isinstance(value, Tensor) else value
 
     def count_in(self, tensor: Tensor) -> int | None:
         """Return the whole number that a buffer, or another tensor that was looked at, held alone."""

@@ -166,11 +166,22 @@ class SetsOnce:
         return loss
 
 
-def test_what_a_count_has_set_once_no_record_may_set_again() -> None:
+class Latches:
+    """A flag in a tensor that each step replaces."""
+
+    seen = torch.tensor(False)
+
+    def __call__(self, network: Any, batch: Any) -> Tensor:
+        before, self.seen = self.seen, self.seen | (batch[0] == RARE).any()
+        return nn.functional.cross_entropy(network(batch[0]), batch[1]) * (1 + before)
+
+
+@pytest.mark.parametrize("kind", [SetsOnce, Latches])
+def test_what_a_count_has_set_once_no_record_may_set_again(kind: Any) -> None:
     features, labels = make_dataset(300).tensors
     features[UNREAD] = RARE
     with pytest.raises(PrivacyError, match="it differs after the records of a batch"):
-        train([*zip(features, labels, strict=True)], SetsOnce())
+        train([*zip(features, labels, strict=True)], kind())
 
 
 def test_a_figure_that_scales_own_losses_is_compared() -> None:
@@ -178,8 +189,8 @@ def test_a_figure_that_scales_own_losses_is_compared() -> None:
     features[UNREAD] = RARE
 
     def loss_fn(network: Any, batch: Any) -> Tensor:
-        num_rare = (batch[0] == RARE).any(1).cumsum(0)[-1]
-        return nn.functional.cross_entropy(network(batch[0]), batch[1]) * (1 + num_rare)
+        loss = nn.functional.cross_entropy(network(batch[0]), batch[1])
+        return loss * (1 + (batch[0] == RARE).any(1).cumsum(0)[-1])
 
     with pytest.raises(PrivacyError, match=REFUSED):
         train([*zip(features, labels, strict=True)], loss_fn, per_sample_loss=True)
