@@ -6,7 +6,8 @@ step runs, a reduction to a scalar is done for each record by itself, and what i
     loss = sum(l) / count   becomes   loss = mean_i( sum(l_i) / count_i )
 
 so that the gradient of the loss of a batch is the mean of those of its records alone. A record whose loss is not
-finite counts as 0, so that user code that asks for finite losses sees what the other records have.
+finite counts as 0, so that user code that asks for finite losses sees what the other records have. A mean over no rows
+of a record is 0: no gradient flows through it alone either, and other terms of its loss count.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class OwnLosses(Telling):
     """A mode in which reductions to a scalar are done for each record by itself.
 
     Rows belong to records by position, row r of N to record ``r // (N / B)``, or, in a step that follows their owners,
-    to these: ``loss[mask].mean()`` is the mean of what the mask leaves of each record.
+    to these: ``loss[mask].mean()`` is the mean of what the mask leaves of each record. If owners are followed, losses
+    that other records have a part in are refused: by values of theirs, or by a selection that they make.
 
     **Guarantee**: none by itself. What is computed in another way (``.item()``, rows in another order) stays
     the loss of the batch; a comparison with records run alone must show that this does not happen.
