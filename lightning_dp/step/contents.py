@@ -21,6 +21,8 @@ from lightning_dp.system.torch_private import changes_of, num_changes
 
 _MOST_VALUES = 1_000
 """Values of a tensor or array up to which they are kept."""
+_MOST_ENTRIES = 8
+"""Entries of a container up to which another one in its place is compared with it."""
 _MOST_HOLDERS = 128
 """Objects and containers that are looked into, beyond those that are given."""
 
@@ -159,8 +161,20 @@ class Contents:
                     yield ("content", *path), _count_of(before), _count_of(newer)
 
     def number_of(self, value: Any) -> Any:
-        """Return the whole number in a tensor that was looked at, or None; any other value as it is."""
-        return self.count_in(value) if isinstance(value, Tensor) else value
+        """Return what a value is compared by with others in its place: the whole number in a tensor or array of one, a
+        word for a small container of whole numbers and words, None for other ones.
+        """
+        if type(value) in (list, tuple, dict):
+            held = [self._single(one) for one in entries_of(value)] if len(value) <= _MOST_ENTRIES else [None]
+            return None if None in held else str(held)
+        return self._single(value)
+
+    def _single(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.count_in(value)
+        if isinstance(value, (np.ndarray, np.generic)):
+            return _count_of(torch.tensor(value.item())) if value.size == 1 and value.dtype.kind in "biuf" else None
+        return value if isinstance(value, (int, str)) else None
 
     def count_in(self, tensor: Tensor) -> int | None:
         """Return the whole number that a buffer, or another tensor that was looked at, held alone."""
