@@ -202,7 +202,8 @@ def _print_of(parameter: Tensor, rows: tuple[int, int] | None = None) -> Any:
 def _rows_of(parameter: Any, num: int) -> tuple[int, int]:
     """Return the first and last row of this process's part of a parameter that is sharded along its first axis."""
     each = -(-parameter.shape[0] // parameter.device_mesh.size())
-    first = min(each * parameter.device_mesh.get_local_rank(), parameter.shape[0])
+    place, *_ = parameter.device_mesh.get_coordinate()  # also known where the group of processes has ended
+    first = min(each * place, parameter.shape[0])
     return first, first + num
 
 
