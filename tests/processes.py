@@ -73,16 +73,22 @@ def ends_of_script(script: Path, *arguments: object, folder: Path, ranks: int = 
 
 
 def run_two_ranks(
-    script: Path, temporary: pytest.TempPathFactory, *, weights_only: bool = False
+    script: Path, temporary: pytest.TempPathFactory, *parts: str, weights_only: bool = False
 ) -> list[dict[str, Any]]:
     """Run a script in two gloo processes; return what each rank wrote to ``rank0.pt`` and ``rank1.pt``.
 
     Several test processes share one run: see :func:`run_once`.
+
+    Args:
+        script: takes the folder, and the parts.
+        temporary: pytest's folders.
+        parts: of the script that run; default: all.
+        weights_only: whether the ranks wrote tensors alone.
     """
     out = run_once(
-        "-".join(script.relative_to(Path(__file__).parent).with_suffix("").parts),
+        "-".join([*script.relative_to(Path(__file__).parent).with_suffix("").parts, *parts]),
         temporary,
-        lambda folder: run_script(script, folder, folder=folder, ranks=2),
+        lambda folder: run_script(script, folder, *parts, folder=folder, ranks=2),
     )
     return [torch.load(out / f"rank{rank}.pt", weights_only=weights_only) for rank in (0, 1)]
 

@@ -20,12 +20,20 @@ from tests.strategies.sharded import CASES, Sharded, plain
 from tests.strategies.test_private_step import clipped_sum
 
 SCRIPT = Path(__file__).with_name("fsdp_run.py")
+PARTS = ("sums", "noise", "releases", "training", "spoiled", "refused", "saving")
+SLOW_PARTS = ("manual", "meta", "skipped", "communication", "planned")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks wrote down."""
-    return run_two_ranks(SCRIPT, tmp_path_factory)
+    return run_two_ranks(SCRIPT, tmp_path_factory, *PARTS)
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks wrote down of the parts that only slow tests read."""
+    return run_two_ranks(SCRIPT, tmp_path_factory, *SLOW_PARTS)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +75,13 @@ def check_sums(found: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
             torch.testing.assert_close(seen[parameter], gradient, rtol=rtol, atol=atol)
 
 
-def test_manual_steps_release_what_automatic_ones_do(ranks: list[dict[str, Any]]) -> None:
-    for seen in ranks:
+@pytest.mark.slow
+def test_manual_steps_release_what_automatic_ones_do(ranks: list[dict[str, Any]], rest: list[dict[str, Any]]) -> None:
+    for automatic, seen in zip(ranks, rest, strict=True):
         assert seen["manual"]["steps"] == 20
-        for name, gradient in seen["sums"]["flat"].items():
+        for name, gradient in automatic["sums"]["flat"].items():
             torch.testing.assert_close(seen["manual"]["sum"][name], gradient, rtol=1e-5, atol=1e-7)
-    assert torch.equal(ranks[0]["manual"]["weights"], ranks[1]["manual"]["weights"])
+    assert torch.equal(rest[0]["manual"]["weights"], rest[1]["manual"]["weights"])
 
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
@@ -116,8 +125,9 @@ def test_empty_and_unequal_batches_keep_ranks_together(ranks: list[dict[str, Any
     assert first["epsilon"][0] == pytest.approx(first["epsilon"][1])
 
 
-def test_module_on_the_meta_device_is_trained(ranks: list[dict[str, Any]]) -> None:
-    first, second = (seen["meta"] for seen in ranks)
+@pytest.mark.slow
+def test_module_on_the_meta_device_is_trained(rest: list[dict[str, Any]]) -> None:
+    first, second = (seen["meta"] for seen in rest)
     assert first["steps"] == second["steps"] == 4
     assert bool(first["weights"].isfinite().all())
     assert first["weights"].unique().numel() > 40
@@ -133,8 +143,9 @@ def test_record_that_is_not_finite_counts_as_nothing(ranks: list[dict[str, Any]]
             torch.testing.assert_close(gradient, expected[name] / 64, rtol=1e-4, atol=1e-6)
 
 
-def test_step_without_a_loss_is_taken_by_all_ranks_or_refused(ranks: list[dict[str, Any]]) -> None:
-    for seen in ranks:
+@pytest.mark.slow
+def test_step_without_a_loss_is_taken_by_all_ranks_or_refused(rest: list[dict[str, Any]]) -> None:
+    for seen in rest:
         assert seen["skipped"]["everywhere"] == 4
         assert (
             "PrivacyError: Expected training_step to return None for every sample or for none"
@@ -142,25 +153,28 @@ def test_step_without_a_loss_is_taken_by_all_ranks_or_refused(ranks: list[dict[s
         )
 
 
-def test_microbatch_gathers_twice_and_scatters_once(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.slow
+def test_microbatch_gathers_twice_and_scatters_once(rest: list[dict[str, Any]]) -> None:
     """Three microbatches of a module of P parameters; flags that keep ranks together are a few whole numbers."""
     num_parameters = 6 * 64 + 64 + 64 * 64 + 64 + 64 * 4 + 4
-    for seen in ranks:
+    for seen in rest:
         sent = seen["communication"]["sent"]
         assert sum(sent["all_gather"]) == 3 * 2 * num_parameters
         assert sum(sent["reduce_scatter"]) == 3 * num_parameters
         assert sum(sent["all_reduce"]) <= 3 * 10
 
 
-def test_sums_take_a_share_of_the_model_and_one_unit(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.slow
+def test_sums_take_a_share_of_the_model_and_one_unit(rest: list[dict[str, Any]]) -> None:
     num_parameters, unit = 6 * 64 + 64 + 64 * 64 + 64 + 64 * 4 + 4, 64 * 64 + 64
-    for seen in ranks:
+    for seen in rest:
         assert seen["communication"]["own"] == num_parameters // 2
         assert seen["communication"]["largest"] == unit
 
 
-def test_target_budget_and_statement_hold_for_all_ranks(ranks: list[dict[str, Any]]) -> None:
-    first, second = (seen["planned"] for seen in ranks)
+@pytest.mark.slow
+def test_target_budget_and_statement_hold_for_all_ranks(rest: list[dict[str, Any]]) -> None:
+    first, second = (seen["planned"] for seen in rest)
     assert first == second
     assert 2.9 < first["target"] <= 3.0
     assert "Privacy: (epsilon=" in first["statement"]
@@ -230,12 +244,13 @@ def test_another_number_of_processes_resumes(tmp_path: Path) -> None:
         assert torch.equal(alone["weights"][name], weight)
 
 
-def test_learned_bounds_see_the_gradient_of_all_ranks(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_learned_bounds_see_the_gradient_of_all_ranks(rest: list[dict[str, Any]], tmp_path: Path) -> None:
     """The bound that follows the norm is that of one process; the one that counts is the same everywhere."""
     learned = AutoThreshold()
     trainer = make_trainer(DPStrategy(noise_multiplier=0.0), tmp_path, callbacks=[learned], max_epochs=2)
     trainer.fit(Sharded(plain(), lr=0.0), DataLoader(make_dataset(), batch_size=64))
-    first, second = (seen["planned"] for seen in ranks)
+    first, second = (seen["planned"] for seen in rest)
     assert first["learned"] == second["learned"] == pytest.approx(learned.bound.value, rel=1e-5)
     assert first["counted"] == second["counted"] != 1.0
 

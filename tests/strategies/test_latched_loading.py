@@ -115,7 +115,7 @@ def test_what_loading_sets_for_a_rare_record_is_refused(name: str, seed: int, tm
 
 @pytest.mark.parametrize("options", [{"grad_sample": "single"}, {"microbatch_size": 3}], ids=str)
 @pytest.mark.parametrize("name", ["collate function, for good", "dataset", "data module"])
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(3)
 def test_microbatches_count_as_a_batch_for_loading(name: str, options: Any, tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match=REFUSED):
         fit(*WAYS[name](), tmp_path, **options)
