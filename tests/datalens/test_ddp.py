@@ -13,6 +13,8 @@ from tests.datalens.helpers import fit, make_model
 from tests.datalens.test_release import has_std
 from tests.processes import run_two_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:

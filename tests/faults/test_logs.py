@@ -104,6 +104,7 @@ def test_strict_logging_drops_unnamed_training_figures(tmp_path: Path) -> None:
     assert "train_loss" not in statement
 
 
+@pytest.mark.slow
 def test_statement_names_everything_that_was_logged(tmp_path: Path) -> None:
     shown, trainer = shown_by(tmp_path, make("single"))
     assert shown == LEAKS | NAMED | OURS | ALLOWED

@@ -37,9 +37,9 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad_sample", ["auto", "single"])
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.one_in(4)
 def test_step_is_that_of_a_loop_over_single_samples(
     tmp_path: Any, own_draws: list[str], caplog: pytest.LogCaptureFixture, name: str, grad_sample: str
 ) -> None:

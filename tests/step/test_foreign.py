@@ -78,8 +78,8 @@ class ComputesAtTheEnd(Classifier):
         self.epochs = self.current_epoch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["auto", "single"])
-@pytest.mark.one_in(2)
 def test_an_epoch_end_that_needs_two_records_runs_on_copies(
     way: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

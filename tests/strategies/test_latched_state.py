@@ -245,6 +245,7 @@ class ActsByCounts(L.Callback):
         act_of(trainer.global_step)(pl_module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_callback", [False, True])
 @pytest.mark.one_in(2)
 def test_a_step_that_sets_something_by_counts_is_free(by_callback: bool, tmp_path: Any) -> None:

@@ -149,6 +149,7 @@ def test_several_steps_a_batch_in_microbatches_are_refused(tmp_path: Path, micro
         make_trainer(private(microbatch_size=microbatch_size), tmp_path).fit(Twice(), make_loader(batch_size=32))
 
 
+@pytest.mark.slow
 def test_accumulation_may_not_change_during_the_run(tmp_path: Path) -> None:
     """Parts of several logical batches would be summed: one sample may be in each."""
 
