@@ -210,8 +210,6 @@ class PrivateDataLoader(DataLoader[Any]):
         while True:
             if self.before_item is not None:
                 self.before_item()
-            try:
-                item = next(items)
-            except StopIteration:
+            if (item := next(items, None)) is None:
                 return
             yield item

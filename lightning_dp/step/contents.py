@@ -173,7 +173,7 @@ class Contents:
         if isinstance(value, Tensor):
             return self.count_in(value)
         if isinstance(value, (np.ndarray, np.generic)):
-            return _count_of(torch.tensor(value.item())) if value.size == 1 and value.dtype.kind in "biuf" else None
+            return _whole_number(value.item()) if value.size == 1 and value.dtype.kind in "biuf" else None
         return value if isinstance(value, (int, str)) else None
 
     def count_in(self, tensor: Tensor) -> int | None:
@@ -227,8 +227,11 @@ def _count_of(values: Tensor) -> int | None:
     """Return the whole number in a tensor of one."""
     if values.numel() != 1 or values.is_complex() or values.layout != torch.strided:
         return None
-    value = float(values)
-    return int(value) if value.is_integer() else None
+    return _whole_number(float(values))
+
+
+def _whole_number(value: float) -> int | None:
+    return int(value) if float(value).is_integer() else None
 
 
 def _fill(one: Any, content: Any) -> None:

@@ -163,12 +163,7 @@ class TrainingRecords:
         Raises:
             PrivacyError: the collate function drops or adds records.
         """
-        restore = self.kept()
-        try:
-            batch = self._collated(records)
-        finally:
-            if not on_trial:
-                restore()
+        batch = self._collated(records) if on_trial else self.collated(records)
         checks.check_rows(batch, len(records), self.axes)
         return self.move(batch)
 

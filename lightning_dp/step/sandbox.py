@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from lightning_dp._messages import without_warnings
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import uncompiled
+from lightning_dp.step.held_functions import content_of
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.snapshot import Snapshot
 
@@ -122,8 +123,7 @@ def _held(closure: Any) -> list[Any]:
     """Return what a closure calls, perhaps: arguments of a partial function, and variables of an enclosing function."""
     if isinstance(closure, partial):
         return [*closure.args]
-    cells = closure.__closure__ or () if isinstance(closure, FunctionType) else ()
-    return [cell.cell_contents for cell in cells if cell != CellType()]
+    return [*map(content_of, closure.__closure__ or ())] if isinstance(closure, FunctionType) else []
 
 
 class Sandbox:

@@ -21,6 +21,8 @@ from lightning_dp.step.writes import Look, When, WriteWatch
 
 _PLAIN = (int, float, complex, str)
 Begin = Callable[[], AbstractContextManager[None]]
+Value = tuple[Any, str, Any]
+"""Attributes or variables, the name of one of them, and its value at some time, or ``ABSENT``."""
 
 
 class Ran(NamedTuple):
@@ -30,14 +32,13 @@ class Ran(NamedTuple):
         parts: positions of the records of each of its microbatches; empty if unknown.
         look: at the state before it.
         counters: makes a context with the public counters of then.
-        undo: makes a context with what reading the records has changed as it was before; None if they changed nothing
-            in a new way.
+        changed: what reading the records has changed, as it was before; empty if they changed nothing in a new way.
     """
 
     parts: list[list[int]]
     look: Look
     counters: Callable[[], AbstractContextManager[None]]
-    undo: Callable[[], AbstractContextManager[None]] | None = None
+    changed: Sequence[Value] = ()
 
     @property
     def positions(self) -> list[int]:
@@ -47,7 +48,12 @@ class Ran(NamedTuple):
     @contextmanager
     def back_in(self) -> Iterator[None]:
         """Go back to the state and the counters before this batch within the context."""
-        with self.counters(), self.look.back_in(), nullcontext() if self.undo is None else self.undo():
+        with self.counters(), self.look.back_in():
+            for attributes, name, value in self.changed:  # the look gives them their values of now back
+                if value is not ABSENT:
+                    attributes[name] = value
+                else:
+                    attributes.pop(name, None)
             yield
 
     @contextmanager
@@ -97,8 +103,8 @@ class Written:
         host, form = self._runs.host, self._runs.loss_form
         changed, self._held = _changed(self._held), []
         is_new = form.see_writes(changed, When.FORWARD, self._runs.step.state.step)
-        undo = partial(_with_values, [*changed.values()]) if is_new else None
-        self.batches.appendleft(ran := Ran(parts, self.watch.begin(), host.counters(), undo))
+        ran = Ran(parts, self.watch.begin(), host.counters(), [*changed.values()] if is_new else ())
+        self.batches.appendleft(ran)
         self._writers += [ran] if is_new else []
 
     def hold(self) -> None:
@@ -133,7 +139,7 @@ class Written:
         with self.watch.aside():
             for number, ran in enumerate(batches):
                 real = self._runs.host.read(ran.positions) if ran.positions else []
-                real = Reread(real, [*chain(*ran.parts)]) if real and ran.undo is not None else real
+                real = Reread(real, [*chain(*ran.parts)]) if real and ran.changed else real
                 if writes[number] or not any(writes):
                     with ran.back_in():
                         self.check_state(seed, [real], anywhere)
@@ -190,10 +196,6 @@ class Written:
                     host.attempt(partial(compare, *ends), snapshot.put_back)
 
 
-Value = tuple[Any, str, Any]
-"""Attributes or variables, the name of one of them, and its value at some time, or ``ABSENT``."""
-
-
 def _changed(held: list[tuple[Any, Any]]) -> dict[tuple[Any, ...], Value]:
     """Return by a key the values that have changed since then."""
     found: dict[tuple[Any, ...], Value] = {}
@@ -204,22 +206,3 @@ def _changed(held: list[tuple[Any, Any]]) -> dict[tuple[Any, ...], Value]:
             if one is not other and not (type(one) is type(other) and isinstance(one, _PLAIN) and one == other):
                 found["read", number, name] = attributes, name, one
     return found
-
-
-@contextmanager
-def _with_values(values: list[Value]) -> Iterator[None]:
-    """Give attributes and variables some values within the context."""
-    now = [(attributes, name, attributes.get(name, ABSENT)) for attributes, name, _ in values]
-    _set(values)
-    try:
-        yield
-    finally:
-        _set(now)
-
-
-def _set(values: list[Value]) -> None:
-    for attributes, name, value in values:
-        if value is not ABSENT:
-            attributes[name] = value
-        elif name in attributes:
-            del attributes[name]
