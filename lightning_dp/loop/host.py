@@ -58,6 +58,7 @@ class LoopHost(Host):
         self.loss_fn: LossFunction = _no_loss
         self._loader = loader
         self._found: tuple[Any, Surroundings | None] = _no_loss, None  # of a loss function
+        self._arguments: dict[str, Any] = {}  # of the loss function; the same object each time, so that looks are cheap
         self.see: Callable[[Any], None] = lambda batch: None
         """Called with each batch before the loss function runs on it."""
         self.intercept: Callable[[int], Any] = lambda optimizer: None
@@ -128,8 +129,10 @@ class LoopHost(Host):
     def attributes(self) -> list[Any]:
         held = [one for one in held_by(self.loss_fn) if not isinstance(one, (types.FunctionType, types.ModuleType))]
         attributes = [vars(one) for one in held if isinstance(getattr(one, "__dict__", None), dict)]
-        arguments = {f"{index} of the loss function": one for index, one in enumerate(held) if WAYS[type(one)]}
-        return [*attributes, arguments, *self._surroundings().watched]
+        own = {f"{index} of the loss function": one for index, one in enumerate(held) if WAYS[type(one)]}
+        self._arguments.clear()
+        self._arguments.update(own)
+        return [*attributes, self._arguments, *self._surroundings().watched]
 
     def _surroundings(self) -> Surroundings:
         """Return what surrounds the model, as the loss function names it."""
