@@ -29,7 +29,12 @@ _LONG = 200
 
 
 def derive(
-    tracker: Tracker, func: Any, args: Any, kwargs: Any, tracked: Sequence[tuple[Tensor, Node]] | None = None
+    tracker: Tracker,
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    tracked: Sequence[tuple[Tensor, Node]] | None = None,
+    tensors: list[Tensor] | None = None,
 ) -> Any:
     """Run an operation on parameters and constants; return its result as a function of parameters.
 
@@ -39,8 +44,9 @@ def derive(
         args: its arguments.
         kwargs: its keyword arguments.
         tracked: tensors of the arguments that have a node, with it; None to look for them.
+        tensors: all tensors of the arguments; None to look for them.
     """
-    tensors = tensors_in(args, kwargs)
+    tensors = tensors_in(args, kwargs) if tensors is None else tensors
     if tracked is None:
         tracked = [(one, node) for one in tensors if (node := tracker.node_of(one)) is not None]
     own: dict[int, Tensor] = {}

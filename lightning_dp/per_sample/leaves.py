@@ -7,7 +7,6 @@ the samples, see ``mapping.py``.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,8 @@ LEAF = LeafRule()
 _rows = functools.cache(BatchAxis)
 VIEWS = frozenset(("expand", "expand_as", "broadcast_to"))
 """Operations that repeat entries without a copy of them; the result of others may be viewed in any shape."""
-_SUMS = re.compile(r"(add|sub|subtract)_?|rsub|__[ri]?(add|sub)__")
+_SUMS = {"add", "add_", "sub", "sub_", "subtract", "subtract_", "rsub"}
+_SUMS |= {"__add__", "__radd__", "__iadd__", "__sub__", "__rsub__", "__isub__"}
 """Names of operations that are linear in what is added."""
 _BLOCKS = 4  # least number of blocks of a parameter, and largest ratio to those used, to copy all of them
 
@@ -149,7 +149,7 @@ def is_penalty(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> bool:
 
     The loss of one sample keeps a penalty that is added to it.
     """
-    if not _SUMS.fullmatch(func.__name__):
+    if func.__name__ not in _SUMS:
         return False
     tensors = tensors_in(args, kwargs)
     if any(tensor.dim() or is_mapped(tensor) for tensor in tensors):

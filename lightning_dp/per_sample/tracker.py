@@ -172,7 +172,8 @@ class Tracker:
             if observer is not None:
                 observer.skip(self, args, kwargs)
             return within_custom(self, func, args, kwargs, out)
-        args, kwargs = in_real_numbers(self, args, kwargs)
+        if self.complex_parameters:
+            args, kwargs = in_real_numbers(self, args, kwargs)
         if operation.is_composite:
             return operation.run(self, func, args, kwargs)
         return self.run_one(operation, func, args, kwargs)
@@ -186,9 +187,12 @@ class Tracker:
                 return self.observer.observe(self, func, args, kwargs)
             if self.compares or (self.learned is not None and func.__name__ in self.learned.by_order):
                 self._count(func, args, kwargs)
-            if operation is GENERAL:
-                return unlearned.general(self, func, args, kwargs)
-            return operation.run(self, func, args, kwargs)
+            if operation is not GENERAL:
+                return operation.run(self, func, args, kwargs)
+            try:
+                return self.general(func, args, kwargs)
+            except unlearned.UnlearnedError as error:
+                return unlearned.refused_in_backward(self, func, args, kwargs, error)
 
     def _count(self, func: Any, args: Any, kwargs: Any) -> None:
         """Count an operation among those of its kind on each of its parameters, as the observer did."""
@@ -254,7 +258,7 @@ class Tracker:
         assert self.learned is not None
         if not others:
             if (func.__name__, tracked[0][1].lineage) not in self.learned.spread:
-                out = derive(self, func, args, kwargs, tracked)
+                out = derive(self, func, args, kwargs, tracked, tensors)
                 if type(out) is self.function_class and not kwargs:
                     self._sharing.share(func, args, out, tracked)
                 return out
@@ -266,7 +270,7 @@ class Tracker:
                     f"Expected {func.__name__} to meet {named(node for _, node in tracked)} as it did when its "
                     f"layout was learned, got a tensor that requires grad. {WAY_OUT}."
                 )
-            return derive(self, func, args, kwargs, tracked)
+            return derive(self, func, args, kwargs, tracked, tensors)
         if len(plan.inputs) != len(tensors):
             return self.unbatched(func, [node for _, node in tracked])
         if func.__name__ in ALIGNED:

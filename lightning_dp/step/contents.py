@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.per_sample._torch import dense_parts_of, is_sparse, unfollowed
-from lightning_dp.step.holders import Holder, Path, Write, whole
+from lightning_dp.step.holders import Holder, Path, Sweep, Write, whole
 from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.object_kinds import WAYS, entries_of, own_classes, slots_of
 from lightning_dp.step.variables import Variables
@@ -50,8 +50,13 @@ class Contents:
         self.views: dict[int, tuple[Any, Variables]] = {}
         self.arrays: dict[int, tuple[Any, Path, Any]] = {}
         self.tensors: dict[int, tuple[Tensor, Path]] = {}
+        self.restless: set[int]
+        """Holders that have changed before, or take a call of Python: they are compared one by one."""
         if last is None or not self._takes_over(last):
             self._walk()
+            restless = set() if last is None else last.restless & self.holders.keys()
+            self.restless = restless | {key for key, one in self.holders.items() if not one.is_swept}
+            self._quiet = Sweep(holder for key, holder in self.holders.items() if key not in self.restless)
         self.given: list[dict[str, Any]] = [self.holders[id(each)].content for each in given]
         """Copies of the attributes that were given."""
         tensors = [*buffers, *(one for one, _ in self.tensors.values())]
@@ -72,17 +77,14 @@ class Contents:
             return False
         if not all(map(operator.is_, map(vars, last.owners), last.attributes)):
             return False
+        self.restless, self._quiet = last.restless, last._quiet
+        if not self._quiet.is_as_it_was():
+            changed = {key for key, was in last.holders.items() if key not in last.restless and not was.is_as_it_was()}
+            self.restless = last.restless | changed
+            self._quiet = Sweep(was for key, was in last.holders.items() if key not in self.restless)
         holders = last.holders.copy()
-        for key, was in last.holders.items():
-            live, content = was.live, was.content
-            # as ``was.renewed()`` would find, but without a call of Python
-            if (
-                was.is_plain
-                and len(live) == was.size
-                and all(map(operator.is_, live, content))
-                and (type(live) is list or all(map(operator.is_, live.values(), content.values())))
-            ):
-                continue
+        for key in self.restless:
+            was = last.holders[key]
             holders[key] = now = was.renewed()
             if now is not was and not now.leads_to_the_same(was):
                 return False

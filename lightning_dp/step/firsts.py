@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_dp.step.local import local_part
-from lightning_dp.step.snapshot import few_values
+from lightning_dp.step.snapshot import few_places
 
 if TYPE_CHECKING:
     from lightning_dp.step.step import PrivateStep
@@ -89,6 +90,7 @@ class Shown:
 
     def __init__(self) -> None:
         self.sizes, self.readings, self.constants = self._all = Firsts(), Firsts(), Firsts()
+        self._read: tuple[list[Hashable], list[int], list[Any]] = [], [], []  # last, of constants
         self.compares = False
         """True while a batch runs whose records are compared with themselves alone."""
 
@@ -116,7 +118,9 @@ class Shown:
         if step.recording is not None:
             self.readings.see(step.recording.readings.take(), checked=checked)
             open_ones = _numbered(step.recording.constants, self.constants.is_open)
-            self.constants.see(_values_of(open_ones), checked=checked)
+            if (read := ([*open_ones], *_few_of(open_ones.values()))) != self._read:
+                self._read = read
+                self.constants.see(_split(*read), checked=checked)
 
     def are_due(self, number: int) -> bool:
         """Tell whether to check anything new in a logical step."""
@@ -139,9 +143,17 @@ def _numbered(constants: list[tuple[Hashable, Tensor]], is_open: Callable[[Hasha
     return found
 
 
-def _values_of(tensors: dict[Hashable, Tensor]) -> Iterator[tuple[Hashable, Hashable]]:
-    """Yield a few values of each tensor, with its place."""
-    few = [few_values(local_part(tensor), _FEW) for tensor in tensors.values()]
-    values = iter(torch.cat([each.cpu() for each in few]).tolist() if few else ())
-    for place, each in zip(tensors, few, strict=True):
-        yield place, tuple(f"{next(values):.4g}" for _ in each)
+def _few_of(tensors: Iterable[Tensor]) -> tuple[list[int], list[Any]]:
+    """Return the numbers of values that are read of tensors, and all these values."""
+    few = [few_places(local_part(tensor), _FEW).cpu() for tensor in tensors]
+    if len({each.dtype for each in few}) > 1:
+        few = [each.double() for each in few]  # joined, whole numbers would take the type of fractions
+    values: list[Any] = torch.cat(few).tolist() if few else []
+    return [*map(len, few)], values
+
+
+def _split(places: list[Hashable], counts: list[int], values: list[Any]) -> Iterator[tuple[Hashable, Hashable]]:
+    """Yield each place with its values, to the precision to which they are compared."""
+    each = iter(values)
+    for place, count in zip(places, counts, strict=True):
+        yield place, tuple(f"{value:.4g}" for value in islice(each, count))

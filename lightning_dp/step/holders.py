@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, MutableMapping, MutableSet
+from collections.abc import Iterable, Iterator, MutableMapping, MutableSet, Sequence
+from itertools import chain
 from typing import Any
 
 from lightning_dp.step.object_kinds import WAYS
@@ -23,6 +25,7 @@ _PLAIN = frozenset((list, dict, OrderedDict, defaultdict))
 _NAME_OF_HOOK = "_current_fx_name"
 """Attribute of a LightningModule that Lightning sets around each hook."""
 _ABSENT = object()
+_VALUES = operator.methodcaller("values")
 
 
 class Holder:
@@ -34,13 +37,17 @@ class Holder:
         is_object: whether the entries are attributes.
     """
 
-    __slots__ = ("content", "found", "is_object", "is_plain", "live", "path", "size")
+    __slots__ = ("content", "found", "is_object", "live", "path", "places", "plain", "size")
 
     def __init__(self, live: Any, path: Path, *, is_object: bool) -> None:
         self.live, self.path, self.is_object = live, path, is_object
         self.size = _length(live)
         self.content = self._copied()
-        self.is_plain = type(live) in _PLAIN and self.content is not None
+        is_view, is_known = type(live) is Variables, self.content is not None
+        self.plain: Any = live if is_known and type(live) in _PLAIN else live.source if is_known and is_view else None
+        """What holds the entries themselves, to be compared with the content; None if there is none."""
+        self.places: Sequence[tuple[dict[str, Any], str]] = live.places if is_known and is_view else ()
+        """Where the entries are, of a view of entries of dictionaries."""
         self.found: list[tuple[Path, Any]] = []
         """What is to be looked into, with its path."""
         if isinstance(self.content, dict) and is_object:
@@ -58,12 +65,18 @@ class Holder:
         except Exception:  # it cannot be read, such as a configuration that is None
             return None
 
+    @property
+    def is_swept(self) -> bool:
+        """Whether a ``Sweep`` can compare it."""
+        return self.plain is not None or bool(self.places)
+
     def is_as_it_was(self) -> bool:
         """Tell whether the content is the same as when it was looked at."""
-        live, content = stored(self.live), self.content
-        if content is None:
-            return _length(live) == self.size
-        return same_content(live.copy() if type(live) is Variables else live, content)
+        if self.plain is not None:
+            return same_content(self.plain, self.content)
+        if self.content is None:
+            return _length(self.live) == self.size
+        return same_content(self.live.copy() if type(self.live) is Variables else stored(self.live), self.content)
 
     def renewed(self) -> Holder:
         """Return what the same object or container holds now."""
@@ -103,6 +116,34 @@ class Holder:
         else:
             for _ in range(len(self.live) - self.size):
                 self.live.popitem() if isinstance(self.live, MutableMapping) else self.live.pop()
+
+
+class Sweep:
+    """Holders that are compared at once, which is several times as fast as one by one.
+
+    Args:
+        holders: those that take no call of Python are compared.
+    """
+
+    def __init__(self, holders: Iterable[Holder]) -> None:
+        holders = [*holders]
+        held = [holder for holder in holders if holder.plain is not None]
+        mappings = [holder for holder in held if type(holder.plain) is not list]
+        self._lives, self._mappings = [holder.plain for holder in held], [holder.plain for holder in mappings]
+        self._sizes = [len(holder.content) for holder in held]
+        self._entries = [*chain.from_iterable(holder.content for holder in held)]
+        self._values = [*chain.from_iterable(holder.content.values() for holder in mappings)]
+        self._places = [*chain.from_iterable(holder.places for holder in holders)]
+        self._found = [holder.content.get(name, _ABSENT) for holder in holders for _, name in holder.places]
+
+    def is_as_it_was(self) -> bool:
+        """Tell whether the content of all of them is the same as when they were looked at."""
+        return (
+            [*map(len, self._lives)] == self._sizes
+            and all(map(operator.is_, chain.from_iterable(self._lives), self._entries))
+            and all(map(operator.is_, chain.from_iterable(map(_VALUES, self._mappings)), self._values))
+            and all(map(operator.is_, [held.get(name, _ABSENT) for held, name in self._places], self._found))
+        )
 
 
 def _length(live: Any) -> int:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
+from torch import Tensor
+
 from lightning_dp.step.refilling import refill_mapping, same_content
 from lightning_dp.system.torch_private import changes_of, tensors_among
 
@@ -16,9 +18,10 @@ class OptimizerStates:
 
     Args:
         others: optimizers, and objects without such a state.
+        last: an earlier look; what is unchanged is taken over from it.
     """
 
-    def __init__(self, others: Iterable[Any]) -> None:
+    def __init__(self, others: Iterable[Any], last: OptimizerStates | None = None) -> None:
         self._states: list[Any] = []  # an optimizer, and its state
         self._groups: list[Any] = []  # of an optimizer, and which they are
         held: list[dict[Any, Any]] = []
@@ -29,8 +32,13 @@ class OptimizerStates:
             if isinstance(state, dict) and groups is not None:
                 self._states.append((one, state))
                 held += [state, *[part for part in state.values() if type(part) is dict or isinstance(part, dict)]]
-        self._held = [(part, part.copy()) for part in held]
-        self.tensors = tensors_among([*chain.from_iterable(map(dict.values, held))])
+        self._content = held, [*chain.from_iterable(held)], [*chain.from_iterable(map(dict.values, held))]
+        if last is not None and all(map(same_content, self._content, last._content)):
+            self._held: list[Any] = last._held
+            self.tensors: list[Tensor] = last.tensors
+        else:
+            self._held = [(part, part.copy()) for part in held]
+            self.tensors = tensors_among(self._content[-1])
         self.changes = changes_of(self.tensors)
 
     def writes_until(self, after: OptimizerStates) -> Iterator[tuple[Any, ...]]:

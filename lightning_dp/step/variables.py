@@ -7,7 +7,7 @@ import functools
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +23,7 @@ _MOST = 1_000
 """Entries of a container, with those of containers in it, up to which its content is restored after a trial."""
 _PLAIN = (bool, int, float, complex, str, type(None))
 _ROOTS = ("training_step", "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "backward")
+_EMPTY = types.CellType()
 _OF_FUNCTIONS = ("forward", "setup_context", "backward")
 """Methods of a subclass of torch.autograd.Function, of which a step names another one."""
 
@@ -36,6 +37,8 @@ class Variables(MutableMapping[str, Any]):
         write: sets a variable.
         delete: removes the value of a variable.
         copy: returns all values by name, faster than one by one.
+        source: the mapping whose entries the variables are, if it has no others.
+        places: where the variables are, as a dictionary and a key in it each, if they are all entries of dictionaries.
     """
 
     def __init__(
@@ -45,13 +48,21 @@ class Variables(MutableMapping[str, Any]):
         write: Callable[[str, Any], Any],
         delete: Callable[[str], Any],
         copy: Callable[[], dict[str, Any]] | None = None,
+        source: Mapping[str, Any] | None = None,
+        places: Sequence[tuple[dict[str, Any], str]] = (),
     ) -> None:
         self._names, self._read, self._write, self._delete, self._copy = names, read, write, delete, copy
+        self.source, self.places = source, places
 
     @classmethod
     def of_dict(cls, held: dict[str, Any], names: frozenset[str]) -> Variables:
         """Return a view of some entries of a dictionary, such as the globals of a Python module."""
-        return cls(lambda: (name for name in names if name in held), held.__getitem__, held.__setitem__, held.pop)
+
+        def copy() -> dict[str, Any]:
+            return {name: held[name] for name in names if name in held}
+
+        places = [(held, name) for name in names]
+        return cls(copy, held.__getitem__, held.__setitem__, held.pop, copy, places=places)
 
     @classmethod
     def of_cells(cls, cells: dict[str, types.CellType]) -> Variables:
@@ -63,12 +74,10 @@ class Variables(MutableMapping[str, Any]):
         def delete(name: str) -> None:
             del cells[name].cell_contents
 
-        return cls(
-            lambda: (name for name, cell in cells.items() if cell != types.CellType()),
-            lambda name: cells[name].cell_contents,
-            write,
-            delete,
-        )
+        def copy() -> dict[str, Any]:
+            return {name: cell.cell_contents for name, cell in cells.items() if cell != _EMPTY}
+
+        return cls(copy, lambda name: cells[name].cell_contents, write, delete, copy)
 
     @classmethod
     def of_slots(cls, owner: Any) -> Variables:
@@ -92,6 +101,7 @@ class Variables(MutableMapping[str, Any]):
             lambda name, value: setattr(kind, name, value),
             lambda name: delattr(kind, name),
             held.copy,
+            held,
         )
 
     def clear(self) -> None:
@@ -119,7 +129,9 @@ class Variables(MutableMapping[str, Any]):
         return len([*self._names()])
 
 
-setattr(Variables, OWN_OUTSIDE, frozenset(("_names", "_read", "_write", "_delete", "_copy")))  # lead to everything
+setattr(
+    Variables, OWN_OUTSIDE, frozenset(("_names", "_read", "_write", "_delete", "_copy", "source", "places"))
+)  # lead to everything
 
 
 class UserVariables:

@@ -23,6 +23,8 @@ from lightning_dp.step.variables import Variables
 from lightning_dp.system.torch_private import NUM_REGISTRIES, Layers, changes_of
 
 _NONE: dict[int, Any] = {}
+_WITHOUT_NUMBERS = {Variables, dict}
+"""Types among optimizers and schedulers whose numbers the contents show."""
 _MOST_STEPS = 4
 """Steps of a count, or values of a flag or word, that count as different ones."""
 _MOST_KNOWN = 1_000
@@ -45,6 +47,7 @@ class Look:
     """
 
     def __init__(self, layers: Layers, others: list[Any], more: Sequence[Any] = (), last: Look | None = None) -> None:
+        others = [one for one in others if type(one) not in _WITHOUT_NUMBERS]
         self._source, self._others, self._more = layers, others, more
         layers = layers.now()
         self.layers, self._kinds = layers.all, [*map(type, layers.all)]
@@ -66,7 +69,7 @@ class Look:
         self.modes = [layer.training for layer in layers.all]
         self.numbers, self.rates = held_numbers(others), scheduled_rates(others)
         with unfollowed():
-            self.states = OptimizerStates(others)
+            self.states: OptimizerStates = OptimizerStates(others, None if last is None else last.states)
 
     def writes_until(self, after: Look, known: set[Any]) -> Iterator[tuple[Any, ...]]:
         """Yield a key for each write until a later look, the same one for a write of the same kind.

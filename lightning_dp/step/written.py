@@ -13,7 +13,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.step import state_runs
 from lightning_dp.step.decisions import NUM_FEW
 from lightning_dp.step.given_records import Reread
-from lightning_dp.step.refilling import ABSENT
+from lightning_dp.step.refilling import ABSENT, same_content
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.state_check import LATER
@@ -201,7 +201,7 @@ def _changed(held: list[tuple[Any, Any]]) -> dict[tuple[Any, ...], Value]:
     found: dict[tuple[Any, ...], Value] = {}
     for number, (attributes, before) in enumerate(held):
         now = attributes.copy()
-        for name in {*now, *before}:
+        for name in () if same_content(now, before) else {*now, *before}:
             one, other = before.get(name, ABSENT), now.get(name, ABSENT)
             if one is not other and not (type(one) is type(other) and isinstance(one, _PLAIN) and one == other):
                 found["read", number, name] = attributes, name, one
