@@ -17,7 +17,7 @@ from lightning_dp.step.local import local_part
 from lightning_dp.step.refilling import same_content
 from lightning_dp.step.snapshot import NOT_PLAIN, few_places
 from lightning_dp.step.writes import Look
-from lightning_dp.system.torch_private import Layers, num_changes
+from lightning_dp.system.torch_private import Layers, changes_of, num_changes
 
 _CONTAINERS = (MutableSequence, MutableMapping, MutableSet, deque)
 _WORD = re.compile(r"\w+")
@@ -60,7 +60,7 @@ class CloseLook(Look):
             grads = [tensor.grad for tensor in self.tensors if tensor.is_leaf and tensor.grad is not None]
             held = [part for tensor in self.tensors for part in dense_parts_of(local_part(tensor))]
             grads = [*map(local_part, grads)]
-            self.marks = self.trains, [(num_changes(tensor), tensor.data_ptr()) for tensor in (*held, *grads)]
+            self.marks = self.trains, changes_of([*held, *grads]), [*map(Tensor.data_ptr, [*held, *grads])]
             self.entries = eye.places.read(held), eye.places_of_grads.read(grads)
 
     def is_same(self, after: CloseLook, mentioned: Set[str], *, tensors_only: bool) -> bool:
@@ -123,5 +123,7 @@ class Places:
                 alike.setdefault((tensor.device, tensor.dtype), []).append(few_places(tensor, _PLACES))
             lasting = all(tensor.is_contiguous() for tensor in tensors)  # of others the entries are copies
             self._layouts, self._tensors, self._views = layouts, tensors if lasting else [None], [*alike.values()]
-        joined = [torch.cat(views).double() for views in self._views]
-        return torch.cat([values.to(joined[0].device) for values in joined]) if joined else torch.empty(0)
+        joined = [torch.cat(views) for views in self._views]
+        if len(joined) == 1:
+            return joined[0]
+        return torch.cat([values.double().to(joined[0].device) for values in joined]) if joined else torch.empty(0)
