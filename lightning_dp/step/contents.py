@@ -52,11 +52,13 @@ class Contents:
         self.tensors: dict[int, tuple[Tensor, Path]] = {}
         self.restless: set[int]
         """Holders that have changed before, or take a call of Python: they are compared one by one."""
+        self.quiet: Sweep
+        """The others, which are compared at once."""
         if last is None or not self._takes_over(last):
             self._walk()
             restless = set() if last is None else last.restless & self.holders.keys()
             self.restless = restless | {key for key, one in self.holders.items() if not one.is_swept}
-            self._quiet = Sweep(holder for key, holder in self.holders.items() if key not in self.restless)
+            self.quiet = Sweep(holder for key, holder in self.holders.items() if key not in self.restless)
         self.given: list[dict[str, Any]] = [self.holders[id(each)].content for each in given]
         """Copies of the attributes that were given."""
         tensors = [*buffers, *(one for one, _ in self.tensors.values())]
@@ -77,11 +79,11 @@ class Contents:
             return False
         if not all(map(operator.is_, map(vars, last.owners), last.attributes)):
             return False
-        self.restless, self._quiet = last.restless, last._quiet
-        if not self._quiet.is_as_it_was():
+        self.restless, self.quiet = last.restless, last.quiet
+        if not self.quiet.is_as_it_was():
             changed = {key for key, was in last.holders.items() if key not in last.restless and not was.is_as_it_was()}
             self.restless = last.restless | changed
-            self._quiet = Sweep(was for key, was in last.holders.items() if key not in self.restless)
+            self.quiet = Sweep(was for key, was in last.holders.items() if key not in self.restless)
         holders = last.holders.copy()
         for key in self.restless:
             was = last.holders[key]

@@ -67,7 +67,7 @@ class Holder:
 
     @property
     def is_swept(self) -> bool:
-        """Whether a ``Sweep`` can compare it."""
+        """True if a ``Sweep`` can compare it."""
         return self.plain is not None or bool(self.places)
 
     def is_as_it_was(self) -> bool:

@@ -32,13 +32,14 @@ class OptimizerStates:
             if isinstance(state, dict) and groups is not None:
                 self._states.append((one, state))
                 held += [state, *[part for part in state.values() if type(part) is dict or isinstance(part, dict)]]
-        self._content = held, [*chain.from_iterable(held)], [*chain.from_iterable(map(dict.values, held))]
-        if last is not None and all(map(same_content, self._content, last._content)):
-            self._held: list[Any] = last._held
+        self.content = held, [*chain.from_iterable(held)], [*chain.from_iterable(map(dict.values, held))]
+        """Dictionaries of all states, with their keys and their values."""
+        if last is not None and all(map(same_content, self.content, last.content)):
+            self.held: list[Any] = last.held  # with copies
             self.tensors: list[Tensor] = last.tensors
         else:
-            self._held = [(part, part.copy()) for part in held]
-            self.tensors = tensors_among(self._content[-1])
+            self.held = [(part, part.copy()) for part in held]
+            self.tensors = tensors_among(self.content[-1])
         self.changes = changes_of(self.tensors)
 
     def writes_until(self, after: OptimizerStates) -> Iterator[tuple[Any, ...]]:
@@ -68,6 +69,6 @@ class OptimizerStates:
         for one, state in self._states:
             if one.state is not state:
                 one.state = state
-        for held, before in self._held:
+        for held, before in self.held:
             if not same_content(held, before):
                 refill_mapping(held, before)

@@ -12,11 +12,15 @@ import numpy as np
 import torch
 
 from lightning_dp.step.contents import Contents
+from lightning_dp.step.variables import Variables
 from tests.cases import each
 
 
 def written(before: Contents, after: Contents) -> list[Any]:
     return [key for key, _, _ in before.writes_until(after)]
+
+
+FLAGS = ("flag", "missing")
 
 
 class Thing:
@@ -168,3 +172,24 @@ def test_a_mapping_keeps_what_it_stores() -> None:
         assert OrderedDict.__getitem__(making, "one") is Thing
     assert OrderedDict.__getitem__(making, "one") is Slotted
     assert written(Contents([holder], [], []), Contents([holder], [], [])) == []
+
+
+def test_quiet_holders_are_compared_at_once() -> None:
+    """Variables, objects and containers, each after it has stayed the same for a while."""
+    kept, held, named = [1.5], {"a": "one"}, {"flag": 1, "other": 2}
+    roots: list[Any] = [{"kept": kept, "held": held, "thing": Thing()}, Variables.of_dict(named, frozenset(FLAGS))]
+    changes: dict[Any, Callable[[], Any]] = {
+        ("content", 0, "kept"): lambda: kept.append(2.5),
+        ("content", 0, "held"): lambda: held.update(a="two"),
+        ("attribute", 0, "thing", "flag"): lambda: setattr(roots[0]["thing"], "flag", 7),
+        ("attribute", 1, FLAGS[0]): lambda: named.update({FLAGS[0]: 5}),
+        ("attribute", 1, FLAGS[1]): lambda: named.update({FLAGS[1]: 1}),
+    }
+    last = Contents(roots, [], ())
+    for key, change in changes.items():
+        named["other"] += 1  # is not looked at
+        same = Contents(roots, [], (), Contents(roots, [], (), last))
+        assert not written(last, same)
+        change()
+        last = Contents(roots, [], (), same)
+        assert written(same, last) == [key]
