@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +22,13 @@ Rows = Mapping[str, Tensor]
 
 
 def check_in_batch(
-    runs: TrialRuns, snapshot: Snapshot, records: list[Any], *, seed: int, agree: Callable[[bool], bool] = bool
+    runs: TrialRuns,
+    snapshot: Snapshot,
+    records: list[Any],
+    *,
+    seed: int,
+    agree: Callable[[bool], bool] = bool,
+    places: Sequence[int] = (),
 ) -> None:
     """Compare the gradients of three samples in a batch with those of the samples run alone.
 
@@ -36,20 +42,29 @@ def check_in_batch(
         records: of the batch.
         seed: of the random draws.
         agree: tells whether a flag is set on any of the processes that run this check together.
+        places: of at most two samples to compare; else the first one, and the one in the middle.
 
     Raises:
         PrivacyError: a gradient depends on the rest of the batch, on any of these processes.
     """
     for coin in (MIDDLE, HIGH) if agree(runs.has_coins) else (MIDDLE,):
-        _check(runs, snapshot, records, Draws(seed=seed, coin=coin), agree)
+        _check(runs, snapshot, records, Draws(seed=seed, coin=coin), agree, places)
 
 
 def _check(
-    runs: TrialRuns, snapshot: Snapshot, records: list[Any], draws: Draws, agree: Callable[[bool], bool]
+    runs: TrialRuns,
+    snapshot: Snapshot,
+    records: list[Any],
+    draws: Draws,
+    agree: Callable[[bool], bool],
+    chosen: Sequence[int],
 ) -> None:
+    size = len(records)
+    # always three, because ranks with batches of other sizes run as often
+    places = [*[*(place for place in chosen if place < size), 0, size // 2][:2], size - 1]
     for moved in range(1 + exchange.NUM_REPEATS):
         try:
-            error, found = None, _difference(runs, snapshot, records, replace(draws, moved=moved), agree)
+            error, found = None, _difference(runs, snapshot, records, replace(draws, moved=moved), agree, places)
         except PrivacyError as cause:
             error = found = cause
         if error is not None and not isinstance(error, ComparisonError):
@@ -63,12 +78,16 @@ def _check(
 
 
 def _difference(
-    runs: TrialRuns, snapshot: Snapshot, records: list[Any], draws: Draws, agree: Callable[[bool], bool]
+    runs: TrialRuns,
+    snapshot: Snapshot,
+    records: list[Any],
+    draws: Draws,
+    agree: Callable[[bool], bool],
+    places: list[int],
 ) -> PrivacyError | None:
     """Return the error that tells how samples in a batch differ from the samples alone; None if they do not."""
     step, size = runs.step, len(records)
-    # always three, because ranks with batches of other sizes run as often
-    known, places = dict(step.module.named_parameters()), [0, size // 2, size - 1]
+    known = dict(step.module.named_parameters())
 
     def read(names: list[str]) -> list[dict[str, Tensor]]:
         parameters = {name: known[name] for name in names}

@@ -163,7 +163,8 @@ class RealLosses:
             with self._written.watch.aside(), ran.numbers_back_in():
                 if everything := agree(form.has_new_calls if begins else form.has_new_operations):
                     self._check_again(number, positions)
-                form.factors.settle(number, checked=self._check_in_batches([each for each, _ in new_in], number))
+                checked = self._check_in_batches([each for each, _ in new_in], number, form.factors.places)
+                form.factors.settle(number, checked=checked)
                 form.shown.settle(number)
                 form.settle(by_check=everything or not begins)
                 self._num_new = 0, form.num_new
@@ -172,13 +173,14 @@ class RealLosses:
                 raise
             raise PrivacyError(f"{error} {RELEASED}") from error
 
-    def _check_in_batches(self, microbatches: list[list[int]], number: int) -> bool:
+    def _check_in_batches(self, microbatches: list[list[int]], number: int, places: list[int]) -> bool:
         """Compare the records of microbatches with the same records alone; return whether there were any to compare.
 
         Args:
             microbatches: positions of their records. Ranks may have different numbers of them; other records run in
                 place of one that is missing, because user code may communicate.
             number: of the logical step.
+            places: of records to compare in any case, within the last of these microbatches.
         """
         reduction, found = self._step.reduction, False
         if self._step.runs_samples_alone or reduction.is_sharded:
@@ -188,7 +190,8 @@ class RealLosses:
             found, host = True, self._runs.host
             with self._sandbox.enter() as snapshot, self._runs.progress():
                 records = host.read(waiting.pop(0)) if waiting else host.records(2, seed=number)
-                check_in_batch(self._runs, snapshot, records, seed=number, agree=reduction.agree)
+                here = () if waiting else places
+                check_in_batch(self._runs, snapshot, records, seed=number, agree=reduction.agree, places=here)
         return found
 
 

@@ -60,9 +60,21 @@ def mean_over_valid_records(module: Any, losses: Tensor, rare: Tensor) -> Tensor
     return losses[torch.nonzero(~rare).squeeze(1)].mean()
 
 
+def weighted_by_the_next(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return (losses * torch.where(rare.roll(1, 0), 10.0, 1.0)).mean()
+
+
+def without_the_opposite(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return losses.masked_fill(rare.flip(0), 0.0).mean()
+
+
+def by_another_loss(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return torch.where(rare.any(), losses.square(), losses).mean()
+
+
 FUNCTIONS = [
     skipped, skipped_by_a_constant, skipped_by_where, clamped, divided_by_the_number_of_valid_records,
-    mean_over_valid_records,
+    mean_over_valid_records, weighted_by_the_next, without_the_opposite, by_another_loss,
 ]  # fmt: skip
 REFUSED = "to be its gradient when run alone"
 
@@ -130,8 +142,12 @@ def sum_by_size(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
     return losses.sum() / len(losses)
 
 
-@pytest.mark.parametrize("function", [by_counts, by_draws, sum_by_size])
-@pytest.mark.one_in(3)
+def weighted_by_itself(module: Any, losses: Tensor, rare: Tensor) -> Tensor:
+    return (losses * torch.where(rare, 0.1, 1.0)).mean()
+
+
+@pytest.mark.parametrize("function", [by_counts, by_draws, sum_by_size, weighted_by_itself])
+@pytest.mark.one_in(4)
 def test_factors_that_records_do_not_choose_are_free(function: Losses, tmp_path: Any) -> None:
     assert fit(Module(function), tmp_path) == STEPS
 
@@ -251,19 +267,14 @@ def test_labels_that_a_transfer_changes_are_compared(tmp_path: Any) -> None:
         fit(Changes(lambda module, losses, rare: losses.mean()), tmp_path)
 
 
-def weighed(network: Any, rare: Tensor) -> Tensor:
-    return (0.1 + rare) * network[0].weight.square().sum()
+PENALTIES = {
+    "weighed": lambda network, rare: (0.1 + rare) * network[0].weight.square().sum(),
+    "towards a target": lambda network, rare: (network[0].weight - rare).square().sum(),
+    "of one weight": lambda network, rare: network[0].bias[rare.long()].square(),
+}
 
 
-def towards_a_target(network: Any, rare: Tensor) -> Tensor:
-    return (network[0].weight - rare).square().sum()
-
-
-def of_one_weight(network: Any, rare: Tensor) -> Tensor:
-    return network[0].bias[rare.long()].square()
-
-
-@pytest.mark.parametrize("penalty", [weighed, towards_a_target, of_one_weight])
+@pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
 @pytest.mark.one_in(2)
 def test_a_penalty_that_a_rare_record_changes_is_refused(penalty: Callable[[Any, Tensor], Tensor]) -> None:
     features, labels = make_dataset(300).tensors
