@@ -29,6 +29,9 @@ MOST_AT_ONCE = 16
 NEAR = 6
 """Operations on rows of which the weights of rows are read, nearest to the loss first."""
 
+_LOSS = "Loss"
+"""Part of the names of reductions that weigh rows in their own way, so that user code does not."""
+
 _MOST_ROWS = 2**14
 """Entries of a tensor up to which its weights are read."""
 
@@ -49,7 +52,7 @@ class LossFactors:
     same shows in the first batch of another size, which is new once more.
 
     **Guarantee**: of the first ``MOST`` operations on scalars, all reductions are read. So are, at the ``NEAR``
-    operations before these, the least and the largest weight of the rows, where they have stayed the same for
+    operations before sums and means, the least and the largest weight of the rows, where they have stayed the same for
     ``_QUIET`` losses. What it does NOT show: weights of rows that change all the time, or between these extremes, or
     farther from the loss, and gradients that a hook changes.
 
@@ -90,7 +93,8 @@ class LossFactors:
             self._found.append(("", loss.detach().new_zeros(1), 1, count))
         for node, divisor in found:
             node.register_prehook(functools.partial(self._note, type(node).__name__, divisor, count))
-        for place, node in _before([node for node, _ in found]):
+        sums = [node for node, _ in found if _LOSS not in type(node).__name__]
+        for place, node in _before(sums) if sums else ():
             if not (place in self._weights and self._weights[place].are_restless):
                 node.register_prehook(functools.partial(self._note_rows, place, count))
 
