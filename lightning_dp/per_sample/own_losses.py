@@ -76,11 +76,14 @@ class OwnLosses(Telling):
         self._ids = set(map(id, self._constants))
         self._memory: set[int] | None = None  # addresses of the constants, once they are asked for
         self._rows: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._found: dict[int, Tensor] = {}  # memory -> positions of values; held, so that it stays theirs
         self.figures: list[tuple[Hashable, Tensor]] = []
         """Values of no record that losses of records were computed with, each with a key; they may follow the batch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, kind = kwargs or {}, kind_of(func)
+        if func is torch.where and len(args) + len(kwargs) == 1:  # as nonzero
+            kind = "selection"
         if self.hear is not None and self._depth == 1:
             self.hear(func, args, kwargs)
         rows: Tensor | None = None
@@ -264,9 +267,20 @@ class OwnLosses(Telling):
             isinstance(one, Tensor) and one.dtype in (torch.bool, torch.uint8) and one.dim() for one in chosen
         )
         by_values = args[0].requires_grad and (name in BY_VALUES or by_mask)
+        if follower is None and self._size > 1:
+            if name in BY_VALUES or name == "where":
+                self._found |= {memory_of(one): one for one in tensors_in((out,), {})}
+            by_values |= args[0].requires_grad and self._is_by_positions(args[0], tensors_in(args[1:], kwargs), out)
         if by_values and (follower is None or isinstance(follower.owners_of(out), Mixed)):
             raise _unknown(f"{name} by values")
         return out
+
+    def _is_by_positions(self, data: Tensor, indices: list[Tensor], out: Any) -> bool:
+        """Tell whether indices select by positions at which values were found, or other rows than each record has."""
+        if any(one.numel() and memory_of(one) in self._found for one in indices):
+            return True
+        unequal = isinstance(out, Tensor) and out.dim() > 0 and len(out) % self._size > 0
+        return unequal and bool(indices) and len(data) % self._size == 0
 
 
 def _unknown(what: str) -> PrivacyError:

@@ -182,10 +182,36 @@ def test_a_guard_of_the_loss_sees_the_other_records(reduction: str, value: float
     assert not guarded(scores, labels).requires_grad  # the batch by itself is set to a constant
 
 
-@pytest.mark.parametrize("select", [lambda x, m: x[m], torch.masked_select], ids=["index", "function"])
-def test_rows_selected_by_values_are_refused(select: Any) -> None:
+SELECTIONS: dict[str, Any] = {
+    "mask": lambda x, m: x[m],
+    "function": torch.masked_select,
+    "positions": lambda x, m: x.flatten()[m.flatten().nonzero().squeeze(1)],
+    "positions along axes": lambda x, m: x[torch.where(m)],
+    "positions by a function": lambda x, m: x.flatten().index_select(0, torch.argwhere(m.flatten())[:, 0]),
+    "positions that were moved": lambda x, m: x.flatten()[m.flatten().nonzero().squeeze(1).clone()],
+}
+
+
+@each("name", SELECTIONS)
+def test_rows_selected_by_values_are_refused(name: str) -> None:
     scores, labels = records()
     with OwnLosses(B, "mean", []):
-        assert len(select(labels, labels >= 0)) == 10  # no gradient flows through them
+        assert len(SELECTIONS[name](labels, labels >= 0)) == 10  # no gradient flows through them
         with pytest.raises(PrivacyError, match="known by their positions under per_sample_loss=True"):
-            select(scores[..., 0].requires_grad_(), labels >= 0)
+            SELECTIONS[name](scores[..., 0].requires_grad_(), labels >= 0)
+
+
+@each("name", [name for name in SELECTIONS if "moved" not in name])
+def test_values_that_select_all_rows_are_refused(name: str) -> None:
+    """Other records may have fewer of them."""
+    scores, labels = records()
+    with OwnLosses(B, "mean", []), pytest.raises(PrivacyError, match="by values"):
+        SELECTIONS[name](scores[..., 0].requires_grad_(), labels >= -100)
+
+
+def test_rows_at_public_positions_keep_their_records() -> None:
+    scores, _ = records()
+    x = scores.requires_grad_().flatten(0, 1)
+    with OwnLosses(B, "mean", []):
+        own = x[torch.arange(B) * T].square().max()
+    torch.testing.assert_close(own, scores[:, 0].square().amax(1).mean(), rtol=1e-12, atol=0)

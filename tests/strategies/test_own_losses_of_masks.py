@@ -160,6 +160,28 @@ def test_few_labels_of_few_records_count_as_alone(
     torch.testing.assert_close(*found)
 
 
+class AtPlaces(Tagger):
+    """A record without labels has a loss too."""
+
+    def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        places = torch.where(counted.all(1))[0]
+        second = self.head(hidden).square().mean()
+        return second + self.losses(hidden, labels)[places].mean() if len(places) else second
+
+
+def test_places_of_labels_that_one_record_has(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """One record has labels, and the first checks do not meet it."""
+    caplog.set_level(logging.INFO)
+    words = token_ids().repeat(5, 1)
+    labels = words.masked_fill(torch.arange(len(words))[:, None] != 5, -100)
+    found = []
+    for grad_sample in ("auto", "single"):
+        torch.manual_seed(0)
+        found.append(weights(AtPlaces(), TensorDataset(words, labels), tmp_path, batch_size=8, grad_sample=grad_sample))
+    assert not [r for r in caplog.records if "runs alone" in r.message]
+    torch.testing.assert_close(*found)
+
+
 class OfOthers(Tagger):
     """Labels of other records choose among the rows of a record, which full records do not show."""
 
