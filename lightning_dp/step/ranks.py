@@ -134,3 +134,8 @@ def _check_weights(step: PrivateStep, others: list[Any]) -> None:
                 "sees moved them (its own records, a figure logged without sync_dist=True), so the released gradient "
                 "is that of no model. Let each rank do the same with the same values."
             )
+
+
+def elsewhere() -> PrivacyError:
+    """Return the error of this rank for an error on another one."""
+    return PrivacyError("Another rank could not follow the uses of private parameters.")

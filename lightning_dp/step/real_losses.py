@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from lightning_dp.step.in_batches import check_in_batch
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
+from lightning_dp.step.vanishing import compare
 from lightning_dp.step.written import Ran, Written
 from lightning_dp.system.torch_private import num_hooks
 
@@ -190,8 +192,8 @@ class RealLosses:
             found, host = True, self._runs.host
             with self._sandbox.enter() as snapshot, self._runs.progress():
                 records = host.read(waiting.pop(0)) if waiting else host.records(2, seed=number)
-                here = () if waiting else places
-                check_in_batch(self._runs, snapshot, records, seed=number, agree=reduction.agree, places=here)
+                options: Any = {"seed": number, "agree": reduction.agree, "places": () if waiting else places}
+                compare(self._runs, snapshot, records, partial(check_in_batch, self._runs, records=records, **options))
         return found
 
 

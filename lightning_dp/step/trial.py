@@ -14,19 +14,20 @@ from lightning_dp.per_sample.notices import late_notices
 from lightning_dp.step import state_runs
 from lightning_dp.step.branches import Branches
 from lightning_dp.step.chosen_records import differing, shape_of
-from lightning_dp.step.couplings import NUM_ALONE, NUM_SPARES, Couplings
+from lightning_dp.step.comparisons import Comparisons
+from lightning_dp.step.couplings import NUM_ALONE, Couplings
 from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
 from lightning_dp.step.host import Host
-from lightning_dp.step.in_batches import check_in_batch
 from lightning_dp.step.microbatch import own_losses
-from lightning_dp.step.ranks import check_ranks
+from lightning_dp.step.ranks import check_ranks, elsewhere
 from lightning_dp.step.real_losses import RealLosses
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.step import PrivateStep
-from lightning_dp.step.ways import OneByOne, elsewhere
+from lightning_dp.step.vanishing import compare
+from lightning_dp.step.ways import OneByOne
 from lightning_dp.step.written import Written
 
 #: Sizes at which the layout is learned; both are made of the same two samples, so that padded lengths agree.
@@ -49,6 +50,7 @@ class Trial:
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
         self._runs = TrialRuns(step, host, sandbox)
         self._couplings = Couplings(self._runs)
+        self._comparisons = Comparisons(self._runs, self._couplings)
         self._one_by_one = OneByOne(self._runs, self._couplings)
         self._branches = Branches(self._runs)
         self._step, self._host, self._sandbox = step, self._runs.host, sandbox
@@ -200,10 +202,7 @@ class Trial:
             return
         error: PrivacyError | None = None
         try:
-            self._couplings.check_alone(snapshot, records)
-            self._couplings.check_exchange(snapshot, records)
-            if self._step.takes_own_losses:
-                check_in_batch(self._runs, snapshot, self._couplings.real_records(0)[: self._host.batch_size], seed=0)
+            self._comparisons.check(snapshot, records)
         except ComparisonError as differing_ones:
             if not (self._step.takes_own_losses or self._one_by_one.spreads_penalties):
                 raise
@@ -277,19 +276,12 @@ class Trial:
         with self._sandbox.enter() as snapshot, self._runs.progress(), self._runs.naming_draws():
             if not self._step.runs_samples_alone:
                 records = self._couplings.real_records(number)
-                batch = self._host.read(positions) if positions else []
-                spares = [record for record in records if not any(record is own for own in batch)][-NUM_SPARES:]
-                real = len(batch) > 1 and spares and self._step.reduction.world_size == 1
-                exchanged = [*batch, *spares] if real else records
                 self._one_by_one.check_sum(snapshot, records)
-                if found := self._runs.take_exchanged():
-                    self._couplings.exchange_collated(snapshot, found, seed=number)
-                self._couplings.exchange_one(snapshot, exchanged, seed=number, size=len(batch) if real else 0)
-                if self._step.takes_own_losses:
-                    check_in_batch(self._runs, snapshot, records[: self._host.batch_size], seed=number)
+                self._comparisons.check_again(snapshot, records, positions, number=number)
             chosen = self._step.runs_samples_alone or self._step.takes_own_losses
             if chosen and not self._step.settings.per_sample_loss:
-                self._one_by_one.check(snapshot, self._host.records(NUM_FEW + 1, seed=number), seed=number)
+                records = self._host.records(NUM_FEW + 1, seed=number)
+                compare(self._runs, snapshot, records, partial(self._one_by_one.check, records, seed=number))
 
     def begin_pass(self) -> None:
         """Check, where users or the noise rely on positions, that the records are where they were in the last pass."""

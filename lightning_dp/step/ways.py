@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from lightning_dp.step import chosen_records, exchange
 from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
 from lightning_dp.step.foreign import OneAloneError
+from lightning_dp.step.ranks import elsewhere
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.snapshot import Snapshot
+from lightning_dp.step.vanishing import compare
 
 _COUPLED = (
     "The gradient of a batch is not that of its records alone, so samples influence each other (statistics over the "
@@ -135,7 +138,7 @@ class OneByOne:
     ) -> tuple[PrivacyError | None, PrivacyError | None]:
         """Return why a record cannot run alone, and why samples are coupled; None where that is not so."""
         try:
-            self.check(snapshot, records, seed=0, first=True)
+            compare(self._runs, snapshot, records, partial(self.check, records, seed=0, first=True))
         except OneAloneError as alone:
             return PrivacyError(f"{reason} Nor can a record run alone: {alone.__cause__}"), None
         except ComparisonError as found:
@@ -218,12 +221,12 @@ class OneByOne:
         self._runs.step.run_alone()
         self._runs.host.runs_alone = True
 
-    def check(self, snapshot: Snapshot, records: list[Any], *, seed: int, first: bool = False) -> None:
+    def check(self, records: list[Any], snapshot: Snapshot, *, seed: int, first: bool = False) -> None:
         """Check that the gradient of a batch is that of its records run alone.
 
         Args:
-            snapshot: of the state before the runs.
             records: from all over the training set.
+            snapshot: of the state before the runs.
             seed: chooses the records of a batch of the real size.
             first: whether gradients that are all zero are too little to tell; later they may be, as of a hinge loss.
 
@@ -292,8 +295,3 @@ def _check_sum(parts: list[dict[str, Tensor]], whole: dict[str, Tensor], dtype: 
 def _public(reason: PrivacyError) -> str:
     """Return an error message with ``#`` for every number, which may be the size of a record; digits in names stay."""
     return re.sub(r"(?<![\w.'])\d+(\.\d+)?(e[+-]?\d+)?(?![\w'])(?!\.\w)", "#", str(reason))
-
-
-def elsewhere() -> PrivacyError:
-    """Return the error of this rank for an error on another one."""
-    return PrivacyError("Another rank could not follow the uses of private parameters.")
