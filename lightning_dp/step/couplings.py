@@ -68,6 +68,7 @@ class Couplings:
         step, scale = self._runs.step, self._runs.scale(len(records))
         with self._runs.loss_form.shown.comparing():
             batched = run(records, engine=True).private
+        batched = self._runs.host.training.order.by_record(records, batched)
         tolerance = TOLERANCE[self._runs.coarsest(gradient.dtype for gradient in batched.values())]
         adds_up = None if step.settings.per_sample_loss else lambda: bool(self.adds_up(snapshot, records, draws))
         compare = partial(
@@ -270,14 +271,15 @@ class Couplings:
         ``place``.
         """
         step, size = self._runs.step, len(records)
-        weights = exchange.random_weights(size, place)
+        order = self._runs.host.training.order.rows_of(records)
+        weights = exchange.random_weights(size, place, order)
         known: dict[str, Tensor] = dict(step.module.named_parameters())
 
         def read(names: list[str]) -> Any:
             return exchange.fingerprint(step.reduction, step.engine, weights, {name: known[name] for name in names})
 
         probe = self._runs.again(snapshot, records, draws, engine=True, read=read)
-        found = exchange.join(probe.found, records, self._runs.scale(size), tuple(probe.stepped))
+        found = exchange.join(probe.found, records, self._runs.scale(size), tuple(probe.stepped), order)
         found.drawn, found.seeds = probe.drawn, probe.seeds
         found.again = partial(self._fingerprint, snapshot, copy.copy(records), place)
         return found

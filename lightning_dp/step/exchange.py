@@ -51,12 +51,18 @@ class Fingerprint:
     seeds: dict[str, Any] = field(default_factory=dict)
 
 
-def random_weights(size: int, leaves: int) -> Tensor:
-    """Return fixed weights of shape (size,), a third of them negative, and 0 for the exchanged sample."""
+def random_weights(size: int, leaves: int, order: Tensor | None = None) -> Tensor:
+    """Return fixed weights of shape (size,), a third of them negative, and 0 for the exchanged sample.
+
+    Args:
+        size: number of samples.
+        leaves: position of the exchanged sample.
+        order: row of each sample in the batch, if that is another one than its position.
+    """
     weights = torch.from_numpy(np.random.default_rng(7).uniform(0.5, 1.5, max(size, leaves + 1)))
     weights *= torch.where(torch.arange(len(weights)) % 3 == 0, -1.0, 1.0)
     weights[leaves] = 0.0
-    return weights[:size]
+    return weights[:size] if order is None else torch.zeros_like(weights[:size]).index_copy(0, order, weights[:size])
 
 
 def _least(dtype: torch.dtype) -> float:
@@ -83,7 +89,11 @@ def fingerprint(
 
 
 def join(
-    found: list[tuple[Tensor, dict[str, Tensor]]], records: list[Any], scale: float, stepped: tuple[int, ...]
+    found: list[tuple[Tensor, dict[str, Tensor]]],
+    records: list[Any],
+    scale: float,
+    stepped: tuple[int, ...],
+    order: Tensor | None = None,
 ) -> Fingerprint:
     """Join the fingerprints of several optimizers into one.
 
@@ -92,8 +102,10 @@ def join(
         records: all samples.
         scale: factor from gradients of the batch's loss to gradients of each sample's own loss.
         stepped: optimizers that stepped, in order.
+        order: row of each sample in the batch, if that is another one than its position.
     """
     norms = torch.cat([norms for norms, _ in found]) * scale if found else torch.zeros(0, len(records))
+    norms = norms if order is None else norms[:, order.to(norms.device)]
     sums = {name: total for _, part in found for name, total in part.items()}
     return Fingerprint(norms, sums, [shape_of(record) for record in records], stepped)
 

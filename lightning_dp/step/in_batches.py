@@ -89,14 +89,16 @@ def _difference(
     step, size = runs.step, len(records)
     known = dict(step.module.named_parameters())
 
-    def read(names: list[str]) -> list[dict[str, Tensor]]:
+    def read(rows: list[int], names: list[str]) -> list[dict[str, Tensor]]:
         parameters = {name: known[name] for name in names}
         like = step.reduction.squared_norms(step.engine, [[name] for name in names])
-        chosen = torch.eye(size, dtype=like.dtype, device=like.device)[places]
+        chosen = torch.eye(size, dtype=like.dtype, device=like.device)[rows]
         return [step.reduction.weighted_sum(step.engine, row, parameters) for row in chosen]
 
     def rows_in(batch: list[Any]) -> dict[str, Tensor]:
-        found = runs.again(snapshot, batch, draws, engine=True, read=read).found
+        order = runs.host.training.order.rows_of(batch)
+        rows = places if order is None else order[places].tolist()
+        found = runs.again(snapshot, batch, draws, engine=True, read=partial(read, rows)).found
         return {name: torch.stack([sums[i][name] for i in range(len(places))]) for sums in found for name in sums[0]}
 
     batched, scale = rows_in(records), runs.scale(size)

@@ -152,12 +152,11 @@ class LoadingWatch:
             return None
         place, source = places
         swapped = [*records[:place], records[source], *records[place + 1 :]]
-        found = Exchanged(place, len(records), again(records), again(swapped))
+        found = _at_row(Exchanged(place, len(records), again(records), again(swapped)))
         if not found.spread():
             return found if self._always else None
-        repeated = Exchanged(
-            place, len(records), found.real, again(records)
-        )  # a call that draws from the system changes by itself
+        # a call that draws from the system changes by itself
+        repeated = found._replace(other=again(records))
         return None if repeated.spread() else found
 
 
@@ -259,6 +258,23 @@ def _alike(records: list[Any]) -> tuple[int, int] | None:
             return seen[shape], place
         seen[shape] = place
     return None
+
+
+def _at_row(found: Exchanged) -> Exchanged:
+    """Return batches with the one row at which they differ as the place of the exchanged record: it is another one than
+    its position if the collate function sorts records.
+    """
+    rows, count = set[int](), found.num_records
+    for (path, one), (_, other) in zip(_leaves(found.real, count), _leaves(found.other, count), strict=False):
+        if one.shape != other.shape or same_values(one, other):
+            continue
+        axis = next((axis for axis, size in enumerate(one.shape) if size == count), None)
+        if axis is None:  # within a list of the records' own values, maybe
+            rows.update(each for each in path if type(each) is int)
+        else:
+            differs = (one != other) & ~((one != one) & (other != other))
+            rows.update(differs.movedim(axis, 0).reshape(count, -1).any(1).nonzero()[:, 0].tolist())
+    return found._replace(place=rows.pop()) if len(rows) == 1 else found
 
 
 def _only_at(differs: Tensor, axis: int, place: int) -> bool:

@@ -29,6 +29,7 @@ from lightning_dp.step.partners import check_partners
 from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.ranks import mark_of
 from lightning_dp.step.reading import check_reading
+from lightning_dp.step.row_order import RowOrder
 
 _NUM_PLACES = 16  # records that are compared from pass to pass
 
@@ -48,6 +49,8 @@ class TrainingRecords:
         self.axes: tuple[str, ...] = ()
         """Paths of the tensors of a batch that have one row per record, once ``learn_rows`` has found them."""
         self._stand_in: tuple[PrivateDataLoader, list[Any]] | None = None  # with the loader that it comes from
+        self.order = RowOrder(self.collated)
+        """Finds the row of each record in a batch."""
         self.labels: list[Any] = []
         """Whole numbers and words of a few records, at the beginning of the last pass."""
 
@@ -183,6 +186,14 @@ class TrainingRecords:
             parts = [found[max(0, end - num) : end] for end in range(len(found), 0, -num)]
             return [collate_samples(self.loader, part) for part in reversed(parts)][-1]
         return collate_samples(self.loader, records)
+
+    def follow_order(self) -> bool:
+        """Look from here on for the row of each record, if the user's function collates them; return False if that is
+        not new, or if positions say whose a record is.
+        """
+        is_new = not self.order.is_followed and self.loader.facts.unit != "user" and is_own(user_collate(self.loader))
+        self.order.is_followed |= is_new
+        return is_new
 
     def kept(self) -> Callable[[], None]:
         """Take note of what the collate function keeps, and return a function that puts it back."""

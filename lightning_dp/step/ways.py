@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_dp import _messages
 from lightning_dp.errors import ComparisonError, PrivacyError
-from lightning_dp.per_sample.layout import CUSTOM, MISLED, PENALTY, TWICE
+from lightning_dp.per_sample.layout import CUSTOM, MISLED, PENALTY, REORDERED, TWICE
 from lightning_dp.step import chosen_records, exchange
 from lightning_dp.step.couplings import NUM_ALONE, TOLERANCE, Couplings
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
@@ -84,6 +84,9 @@ class OneByOne:
         if not step.reduction.agree(error is not None):
             return False
         reason = self._reason or error or elsewhere()
+        is_sorted = step.reduction.agree(REORDERED in str(reason))
+        if is_sorted and step.reduction.agree(self._runs.host.training.follow_order()):
+            return True
         misled = step.takes_own_losses or any(each in str(reason) for each in MISLED)
         misled = step.reduction.agree(misled) and not step.reduction.is_sharded
         if misled and step.engine.prefer_owners():
