@@ -199,6 +199,8 @@ def _reshaped(rows: Rows, before: torch.Size, after: torch.Size, step: Step) -> 
     """
     if rows.axis is None or after[: rows.axis + 1] == before[: rows.axis + 1]:
         return rows
+    if len(before) == 1 <= len(after) and rows.num and rows.sole is not None and not rows.has_nobody:
+        return Rows(0, rows.index[: after[0]])  # along the first axis as ever, though it may have one row
     for upto in range(rows.axis + 1, len(before) + 1):
         for lead in range(len(after) + 1):
             if after[:lead].numel() == before[:upto].numel():

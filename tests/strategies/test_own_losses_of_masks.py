@@ -141,7 +141,13 @@ def weights(module: Tagger, data: TensorDataset, tmp_path: Any, *, batch_size: i
     return torch.cat([each.detach().flatten() for each in module.parameters()])
 
 
-@pytest.mark.parametrize("kind", [Tagger, TwoTerms])
+class OfSelected(Tagger):
+    def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        rows = self.head(hidden).masked_select(counted[..., None]).view(-1, VOCABULARY)
+        return F.cross_entropy(rows, labels.masked_select(counted))
+
+
+@pytest.mark.parametrize("kind", [Tagger, TwoTerms, OfSelected])
 def test_few_labels_of_few_records_count_as_alone(
     kind: type[Tagger], tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
