@@ -6,15 +6,15 @@ from batch to batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from lightning_dp.per_sample.batch_reading import Path, walk
 from lightning_dp.step.given_records import Collated
-from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.reading import is_same
 
 
@@ -50,34 +50,57 @@ class RowOrder:
 
 
 def _parts(batch: Any) -> dict[Path, Any]:
-    return {path: part for path, part, _ in walk(batch) if isinstance(part, (Tensor, list))}
+    parts = {path: part for path, part, _ in walk(batch) if isinstance(part, (Tensor, list, PackedSequence))}
+    return {path: pad_packed_sequence(p)[0] if isinstance(p, PackedSequence) else p for path, p in parts.items()}
 
 
 def _assigned(batch: dict[Path, Any], alone: list[dict[Path, Any]]) -> Tensor | None:
-    """Give each record a row of its values, the longest record first: a shorter one may be the beginning of it."""
-    free = list(range(len(alone)))
+    """Give each record the row of its values, the longest record first: a shorter one may be the beginning of it.
+
+    Returns None if no row has these values, or if different rows have.
+    """
+    size, free = len(alone), [*range(len(alone))]
     rows = torch.tensor(free)
     lengths = [sum(part.numel() for part in parts.values() if isinstance(part, Tensor)) for parts in alone]
-    for number in sorted(range(len(alone)), key=lambda each: -lengths[each]):
-        pairs = [(part, batch[path]) for path, part in alone[number].items() if path in batch]
-        row = next((row for row in free if all(_is_at(row, *pair, len(alone)) for pair in pairs)), None)
-        if row is None:
+    for number in sorted(range(size), key=lambda each: -lengths[each]):
+        found, parts = free, [(part, batch[path]) for path, part in alone[number].items() if path in batch]
+        for own, values in sorted((_by_row(*pair, size) for pair in parts), key=lambda pair: type(pair[1]) is list):
+            found = [*_that_begin_with(own, values, found)] if len(values) else found
+        if not found:
             return None
-        free.remove(row)
-        rows[number] = row
+        first, *others = found
+        if others and not all(_are_alike(first, others, _by_row(*pair, size)[1]) for pair in parts):
+            return None
+        free.remove(first)
+        rows[number] = first
     return rows
 
 
-def _is_at(row: int, alone: Any, batch: Any, size: int) -> bool:
-    """Tell whether a part of a batch has the values of a record in a row, before what fills it up; True if it has no
+def _by_row(alone: Any, batch: Any, size: int) -> tuple[Any, Any]:
+    """Return what a record has in a part of a batch of one, and what a batch has by row; nothing for parts that have no
     rows of records.
     """
-    if isinstance(alone, list) or isinstance(batch, list):
-        return (len(alone), len(batch)) != (1, size) or is_same(alone[0], batch[row])
-    for axis in range(min(2, alone.dim(), batch.dim())):
-        if (alone.shape[axis], batch.shape[axis]) == (1, size):
-            own, other = alone.select(axis, 0), batch.select(axis, row)
-            for other_axis, length in enumerate(own.shape):
-                other = other.narrow(other_axis, 0, min(length, other.shape[other_axis]))
-            return same_values(own, other)
-    return True
+    if isinstance(alone, list) and isinstance(batch, list):
+        return (alone[0], batch) if (len(alone), len(batch)) == (1, size) else (None, [])
+    if isinstance(alone, Tensor) and isinstance(batch, Tensor):
+        for axis in range(min(2, alone.dim(), batch.dim())):
+            if (alone.shape[axis], batch.shape[axis]) == (1, size):
+                return alone.select(axis, 0), batch.movedim(axis, 0)
+    return None, []
+
+
+def _that_begin_with(own: Any, values: Any, rows: list[int]) -> Iterator[int]:
+    """Yield those of some rows that have the values of a record, before what fills them up."""
+    if not isinstance(values, Tensor):
+        yield from (row for row in rows if is_same(own, values[row]))
+        return
+    for axis, length in enumerate(own.shape):
+        values = values.narrow(axis + 1, 0, min(length, values.shape[axis + 1]))
+    if values.shape[1:] == own.shape:
+        equal = (values == own) | ((values != values) & (own != own))
+        have = equal.reshape(len(values), -1).all(1).tolist()
+        yield from (row for row in rows if have[row])
+
+
+def _are_alike(row: int, others: list[int], values: Any) -> bool:
+    return not len(values) or all(is_same(values[row], values[other]) for other in others)

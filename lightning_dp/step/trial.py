@@ -204,7 +204,8 @@ class Trial:
         try:
             self._comparisons.check(snapshot, records)
         except ComparisonError as differing_ones:
-            if not (self._step.takes_own_losses or self._one_by_one.spreads_penalties):
+            sorts, own = self._host.training.order.is_followed, self._step.takes_own_losses
+            if not (own or sorts or self._one_by_one.spreads_penalties):
                 raise
             error = differing_ones
         except PrivacyError as unfollowed:

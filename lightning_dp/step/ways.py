@@ -84,7 +84,7 @@ class OneByOne:
         if not step.reduction.agree(error is not None):
             return False
         reason = self._reason or error or elsewhere()
-        is_sorted = step.reduction.agree(REORDERED in str(reason))
+        is_sorted = step.reduction.agree(REORDERED in str(reason) or step.settings.per_sample_loss)
         if is_sorted and step.reduction.agree(self._runs.host.training.follow_order()):
             return True
         misled = step.takes_own_losses or any(each in str(reason) for each in MISLED)

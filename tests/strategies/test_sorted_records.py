@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence
 from torch.utils.data import DataLoader
 
 from lightning_dp import DPStrategy, PrivacyError
@@ -36,6 +36,11 @@ def by_length(records: list[Record]) -> tuple[Tensor, Tensor, Tensor]:
     return pad_sequence(parts), torch.tensor([*map(len, parts)]), labels
 
 
+def packed(records: list[Record]) -> tuple[PackedSequence, None, Tensor]:
+    x, lengths, labels = by_length(records)
+    return pack_padded_sequence(x, lengths), None, labels
+
+
 def with_others(records: list[Record]) -> tuple[Tensor, Tensor, Tensor]:
     x, lengths, labels = by_length(records)
     return x + 0.1 * x.mean(1, keepdim=True), lengths, labels
@@ -49,7 +54,7 @@ class Reader(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, lengths, labels = batch
-        _, (state, _) = self.lstm(pack_padded_sequence(x, lengths))
+        _, (state, _) = self.lstm(x if lengths is None else pack_padded_sequence(x, lengths))
         return F.cross_entropy(self.head(self.mix(state[-1], self.trainer.global_step)), labels)
 
     def configure_optimizers(self) -> Any:
@@ -63,20 +68,37 @@ def fit(module: L.LightningModule, tmp_path: Any, collate: Any = by_length, step
     return strategy
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 4])
+@pytest.mark.parametrize(
+    ("collate", "settings"),
+    [(by_length, {}), (by_length, {"microbatch_size": 4}), (packed, {}), (by_length, {"per_sample_loss": True})],
+)
+@pytest.mark.one_in(2)
 def test_sorted_records_train_together(
-    microbatch_size: int | None, tmp_path: Any, caplog: pytest.LogCaptureFixture
+    collate: Any, settings: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     """So many steps that some batches are collated again with another record."""
     caplog.set_level(logging.INFO)
     found = []
     for grad_sample in ("auto", "single"):
         module = Reader()
-        settings: Any = {"noise_multiplier": 0.0, "max_grad_norm": 0.3, "microbatch_size": microbatch_size}
-        fit(module, tmp_path, steps=18, grad_sample=grad_sample, **settings)
+        settings = {"noise_multiplier": 0.0, "max_grad_norm": 0.3, **settings}
+        fit(module, tmp_path, collate, steps=18, grad_sample=grad_sample, **settings)
         found.append(torch.cat([each.detach().flatten() for each in module.parameters()]))
     assert "one at a time" not in caplog.text
+    assert "runs alone" not in caplog.text
     torch.testing.assert_close(*found)
+
+
+def test_sorted_records_that_a_draw_changes_run_alone(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Their values do not tell which row is whose."""
+
+    def moved(records: list[Record]) -> Any:
+        x, lengths, labels = by_length(records)
+        return x + torch.randn(1), lengths, labels
+
+    caplog.set_level(logging.INFO)
+    fit(Reader(), tmp_path, moved)
+    assert "one at a time" in caplog.text
 
 
 def mean_of_others(state: Tensor, step: int) -> Tensor:
