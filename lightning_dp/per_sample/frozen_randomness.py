@@ -77,9 +77,9 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
       since dropout of ones makes a mask.
 
     - Exponential, Cauchy, geometric, Poisson, binomial, gamma and Dirichlet draws follow the same rule, by a
-      quantile or a value near the mean. So do draws of places in each row of a matrix of weights (multinomial).
+      quantile or a value near the mean. So do draws of places by weights (multinomial).
 
-    Draws of places in one vector of weights, which may be the rows of a batch, stay random.
+    Draws of places in one vector of weights, without replacement, stay random: they may be rows of the batch.
 
     Args:
         by_place: see above.
@@ -256,7 +256,7 @@ def _value(name: str, named: dict[str, Any], uniform: torch.Tensor | None, coin:
         return smaller.to(torch.get_default_dtype()) if isinstance(smaller, torch.Tensor) else float(smaller)
     if name in _QUANTILES:
         return _QUANTILES[name](torch.as_tensor(u, dtype=torch.float64), named)
-    if name == "multinomial" and named["self"].dim() == 2:
+    if name == "multinomial" and (named["self"].dim() == 2 or named.get("replacement", False)):
         return _drawn_places(named["self"].double(), torch.as_tensor(u, dtype=torch.float64), drawn, named)
     return None
 
@@ -275,7 +275,7 @@ _QUANTILES: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = {
 
 def _drawn_places(weights: Tensor, u: Tensor, drawn: Tensor, named: dict[str, Any]) -> Tensor:
     """Return places of each row: the quantile u of its weights, or the largest weights without replacement."""
-    if not named.get("replacement", False) and drawn.shape[1] > 1:
-        return weights.topk(drawn.shape[1], 1).indices.sort(1).values.roll(-1, 1)  # mixes whatever can be mixed
-    shares = weights.cumsum(1)
-    return torch.searchsorted(shares, u * shares[:, -1:].expand(drawn.shape)).clamp_max(weights.shape[1] - 1)
+    if not named.get("replacement", False) and drawn.shape[-1] > 1:
+        return weights.topk(drawn.shape[-1], -1).indices.sort(-1).values.roll(-1, -1)  # mixes whatever can be mixed
+    shares = weights.cumsum(-1)
+    return torch.searchsorted(shares, u * shares[..., -1:].expand(drawn.shape)).clamp_max(weights.shape[-1] - 1)

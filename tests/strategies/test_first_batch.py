@@ -137,6 +137,7 @@ DRAWS: dict[str, Any] = {
     "dirichlet": lambda x: torch.distributions.Dirichlet(x.exp() + 0.5).rsample(),
     "categorical": lambda x: torch.distributions.Categorical(logits=x.detach()).sample().unsqueeze(1),
     "places": lambda x: torch.multinomial(x.detach().exp(), 2).sum(1, keepdim=True),
+    "places in a table": lambda x: torch.multinomial(torch.arange(1.0, 9.0), 2 * len(x), True).view(-1, 2)[:, :1],
     "student": lambda x: torch.distributions.StudentT(3.0 + x.exp()).rsample().tanh(),
     "laplace": lambda x: torch.distributions.Laplace(x, 1.0).rsample(),
     "relaxed coin": lambda x: torch.distributions.RelaxedBernoulli(torch.tensor(0.5), logits=x).rsample(),
