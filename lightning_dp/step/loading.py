@@ -261,20 +261,11 @@ def _alike(records: list[Any]) -> tuple[int, int] | None:
 
 
 def _at_row(found: Exchanged) -> Exchanged:
-    """Return batches with the one row at which they differ as the place of the exchanged record: it is another one than
-    its position if the collate function sorts records.
+    """Return batches with the one row at which they differ, if there is one, as the place of the exchanged record: a
+    collate function that sorts its records gives it another row than its position.
     """
-    rows, count = set[int](), found.num_records
-    for (path, one), (_, other) in zip(_leaves(found.real, count), _leaves(found.other, count), strict=False):
-        if one.shape != other.shape or same_values(one, other):
-            continue
-        axis = next((axis for axis, size in enumerate(one.shape) if size == count), None)
-        if axis is None:  # within a list of the records' own values, maybe
-            rows.update(each for each in path if type(each) is int)
-        else:
-            differs = (one != other) & ~((one != one) & (other != other))
-            rows.update(differs.movedim(axis, 0).reshape(count, -1).any(1).nonzero()[:, 0].tolist())
-    return found._replace(place=rows.pop()) if len(rows) == 1 else found
+    rows = (found.place, *range(found.num_records))
+    return next((each for each in (found._replace(place=row) for row in rows) if not each.spread()), found)
 
 
 def _only_at(differs: Tensor, axis: int, place: int) -> bool:

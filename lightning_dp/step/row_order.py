@@ -59,34 +59,36 @@ def _assigned(batch: dict[Path, Any], alone: list[dict[Path, Any]]) -> Tensor | 
 
     Returns None if no row has these values, or if different rows have.
     """
-    size, free = len(alone), [*range(len(alone))]
+    free = [*range(len(alone))]
     rows = torch.tensor(free)
     lengths = [sum(part.numel() for part in parts.values() if isinstance(part, Tensor)) for parts in alone]
-    for number in sorted(range(size), key=lambda each: -lengths[each]):
-        found, parts = free, [(part, batch[path]) for path, part in alone[number].items() if path in batch]
-        for own, values in sorted((_by_row(*pair, size) for pair in parts), key=lambda pair: type(pair[1]) is list):
-            found = [*_that_begin_with(own, values, found)] if len(values) else found
-        if not found:
+    held = [(part, [each[path] for each in alone if path in each]) for path, part in batch.items()]
+    parts = [found for part, each in held if (found := _by_record(part, each)) is not None]
+    parts.sort(key=lambda part: type(part[0]) is list)  # lists take longer
+    for number in sorted(range(len(alone)), key=lambda each: -lengths[each]):
+        left = free
+        for values, own in parts:
+            left = [*_that_begin_with(own[number], values, left)]
+        if not left:
             return None
-        first, *others = found
-        if others and not all(_are_alike(first, others, _by_row(*pair, size)[1]) for pair in parts):
+        first, *others = left
+        if not all(is_same(values[first], values[other]) for values, _ in parts for other in others):
             return None
         free.remove(first)
         rows[number] = first
     return rows
 
 
-def _by_row(alone: Any, batch: Any, size: int) -> tuple[Any, Any]:
-    """Return what a record has in a part of a batch of one, and what a batch has by row; nothing for parts that have no
-    rows of records.
-    """
-    if isinstance(alone, list) and isinstance(batch, list):
-        return (alone[0], batch) if (len(alone), len(batch)) == (1, size) else (None, [])
-    if isinstance(alone, Tensor) and isinstance(batch, Tensor):
-        for axis in range(min(2, alone.dim(), batch.dim())):
-            if (alone.shape[axis], batch.shape[axis]) == (1, size):
-                return alone.select(axis, 0), batch.movedim(axis, 0)
-    return None, []
+def _by_record(batch: Any, alone: list[Any]) -> tuple[Any, list[Any]] | None:
+    """Return a part of a batch by row, and what each record has in it; None if it has no row for each record."""
+    size = len(alone)
+    if isinstance(batch, list) and all(isinstance(part, list) for part in alone):
+        return (batch, [part[0] for part in alone]) if len(batch) == size and {*map(len, alone)} == {1} else None
+    if isinstance(batch, Tensor) and all(isinstance(part, Tensor) and part.dim() == batch.dim() for part in alone):
+        for axis in range(min(2, batch.dim())):
+            if batch.shape[axis] == size and all(part.shape[axis] == 1 for part in alone):
+                return batch.movedim(axis, 0), [part.select(axis, 0) for part in alone]
+    return None
 
 
 def _that_begin_with(own: Any, values: Any, rows: list[int]) -> Iterator[int]:
@@ -100,7 +102,3 @@ def _that_begin_with(own: Any, values: Any, rows: list[int]) -> Iterator[int]:
         equal = (values == own) | ((values != values) & (own != own))
         have = equal.reshape(len(values), -1).all(1).tolist()
         yield from (row for row in rows if have[row])
-
-
-def _are_alike(row: int, others: list[int], values: Any) -> bool:
-    return not len(values) or all(is_same(values[row], values[other]) for other in others)

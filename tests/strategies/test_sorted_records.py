@@ -165,7 +165,8 @@ def test_each_record_has_the_row_of_its_values(collate: Any) -> None:
         assert torch.equal(padded[: len(x), row], x)
 
 
-@each("collate, is_new", [(by_length, False), (with_others, True)])
-def test_a_sorted_record_that_is_exchanged_has_another_row(collate: Any, is_new: bool) -> None:
-    _, found = LoadingWatch().collate(collate, sequences()[:7])
+@each("collate, num, is_new", [(by_length, 7, False), (by_length, 6, False), (with_others, 7, True)])
+def test_a_sorted_record_that_is_exchanged_has_another_row(collate: Any, num: int, is_new: bool) -> None:
+    """Six records are as many as the times of the longest one."""
+    _, found = LoadingWatch().collate(collate, sequences()[:num])
     assert (found is not None) == is_new
