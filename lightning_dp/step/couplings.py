@@ -16,8 +16,7 @@ from lightning_dp.per_sample.custom import wrong_rules
 from lightning_dp.per_sample.independence import compare_with_singles
 from lightning_dp.step import chosen_records, exchange, made_records
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
-from lightning_dp.step.given_records import Collated
-from lightning_dp.step.loading import Exchanged
+from lightning_dp.step.exchanged import Exchanged
 from lightning_dp.step.probe import Probe
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.snapshot import Snapshot
@@ -207,7 +206,7 @@ class Couplings:
     def exchange_collated(self, snapshot: Snapshot, found: Exchanged, *, seed: int) -> None:
         """Check that no gradient of a batch changes if another record is exchanged before the batch is collated."""
         draws = Draws(seed=seed, real=True)
-        real, other = Collated(found.num_records, found.real), Collated(found.num_records, found.other)
+        real, other = found.collated()
         base = self._fingerprint(snapshot, real, found.place, draws)
         self._compare(snapshot, base, other, found.place, draws, "exchanged for another record")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 
 class Collated(list[Any]):
     """Records with the batch that was made of them.
@@ -11,11 +13,12 @@ class Collated(list[Any]):
     Args:
         count: number of records.
         batch: on the host; a run moves a copy to the device.
+        rows: row of each record in the batch; None if records keep their order.
     """
 
-    def __init__(self, count: int, batch: Any) -> None:
+    def __init__(self, count: int, batch: Any, rows: Tensor | None = None) -> None:
         super().__init__([None] * count)
-        self.batch = batch
+        self.batch, self.rows = batch, rows
 
 
 class Reread(list[Any]):

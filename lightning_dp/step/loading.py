@@ -5,28 +5,26 @@ from __future__ import annotations
 import copy
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.batch_reading import walk
 from lightning_dp.sampling.gather import Gather, is_plain
 from lightning_dp.sampling.randomness import fresh_randomness
 from lightning_dp.step.chosen_records import shape_of
+from lightning_dp.step.exchanged import Exchanged, leaves_of
 from lightning_dp.step.joined import joined_lengths, stacked_shapes, unequal_sums
-from lightning_dp.step.kept_tensors import same_values
 from lightning_dp.step.loss_form import EVERY
 from lightning_dp.step.object_kinds import GENERATORS
 from lightning_dp.step.randomness import generator_restorer, generators_restorer
 from lightning_dp.step.reading import alike, check_reading, content_of
 from lightning_dp.step.readings import Readings
+from lightning_dp.step.row_order import RowOrder
 from lightning_dp.step.shifted import check_shifted
 
 #: Containers that are copied, and their greatest length.
@@ -34,38 +32,6 @@ _FILLED, _LONGEST = (list, dict, set, deque), 4096
 #: Records of a batch that are collated once more.
 _FEW = 32
 _CPU = torch.device("cpu")
-
-
-class Exchanged(NamedTuple):
-    """A small batch as the collate function makes it, and with one record exchanged for another. Private.
-
-    Args:
-        place: index of the exchanged record.
-        num_records: of the batch.
-        real: the batch of these records.
-        other: the batch with the exchanged record.
-    """
-
-    place: int
-    num_records: int
-    real: Any
-    other: Any
-
-    def spread(self) -> set[Any]:
-        """Return the paths of the values of other records that the exchange has changed; empty if shapes differ."""
-        found: set[Any] = set()
-        pairs = list(zip(_leaves(self.real, self.num_records), _leaves(self.other, self.num_records), strict=False))
-        if any(one.shape != other.shape for (_, one), (_, other) in pairs):
-            return found
-        for (path, one), (_, other) in pairs:
-            if self.place in path or same_values(one, other):  # within a list of the records' own values
-                continue
-            differs = (one != other) & ~((one != one) & (other != other))
-            axes = [axis for axis, size in enumerate(one.shape) if size == self.num_records]
-            if not any(_only_at(differs, axis, self.place) for axis in axes):
-                # parts of records that are joined to one tensor: their number differs from record to record
-                found.add((*(each for each in path if type(each) is str), bool(axes or differs.double().mean() > 0.5)))
-        return found
 
 
 class LoadingWatch:
@@ -152,11 +118,15 @@ class LoadingWatch:
             return None
         place, source = places
         swapped = [*records[:place], records[source], *records[place + 1 :]]
-        found = _at_row(Exchanged(place, len(records), again(records), again(swapped)))
+        found = Exchanged(place, len(records), again(records), again(swapped))
+        if found.spread():  # the user's function may sort the records
+            order = RowOrder(again, is_followed=True)
+            one, other = order.rows_of(records), order.rows_of(swapped)
+            found = found if one is None or other is None else found._replace(rows=(one, other))
         if not found.spread():
             return found if self._always else None
         # a call that draws from the system changes by itself
-        repeated = found._replace(other=again(records))
+        repeated = found._replace(other=again(records), rows=found.rows and (found.rows[0], found.rows[0]))
         return None if repeated.spread() else found
 
 
@@ -253,38 +223,8 @@ def _alike(records: list[Any]) -> tuple[int, int] | None:
     """Return the indices of the first two records of the same shape."""
     seen: dict[Any, int] = {}
     for place, record in enumerate(records):
-        shape = shape_of(record), tuple(leaf.shape for _, leaf in _leaves(record, 0))
+        shape = shape_of(record), tuple(leaf.shape for _, leaf in leaves_of(record, 0))
         if shape in seen:
             return seen[shape], place
         seen[shape] = place
     return None
-
-
-def _at_row(found: Exchanged) -> Exchanged:
-    """Return batches with the one row at which they differ, if there is one, as the place of the exchanged record: a
-    collate function that sorts its records gives it another row than its position.
-    """
-    rows = (found.place, *range(found.num_records))
-    return next((each for each in (found._replace(place=row) for row in rows) if not each.spread()), found)
-
-
-def _only_at(differs: Tensor, axis: int, place: int) -> bool:
-    """Tell whether a mask is true at one index of an axis only."""
-    at = differs.movedim(axis, 0).flatten(1).any(1) if differs.dim() > 1 else differs
-    at = at.clone()
-    at[place] = False
-    return not bool(at.any())
-
-
-def _leaves(value: Any, count: int) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Yield the arrays and tensors that are reachable from a batch or a record, each with its path: names, and indices
-    of sequences with one entry per record.
-    """
-    for path, part, _ in walk(
-        value, lambda holder, key: key if isinstance(holder, (list, tuple)) and len(holder) == count else str(key)
-    ):
-        if isinstance(part, Tensor):
-            if part.layout == torch.strided and not part.is_quantized:
-                yield path, part.detach()
-        elif isinstance(part, np.ndarray) and part.dtype.kind in "biufc":
-            yield path, torch.as_tensor(part)

@@ -26,18 +26,19 @@ class RowOrder:
 
     Args:
         collate: collates records.
+        is_followed: see the attribute.
     """
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any], *, is_followed: bool = False) -> None:
         self._collate = collate
-        self.is_followed = False
+        self.is_followed = is_followed
         """True once a check has found gradients in another order than the records."""
         self._alone: dict[int, tuple[Any, dict[Path, Any]]] = {}  # id -> record, and its parts if collated alone
 
     def rows_of(self, records: list[Any]) -> Tensor | None:
         """Return the row of each record in their batch, shape (B,); None if they keep their order."""
         if not self.is_followed or len(records) < 2 or isinstance(records, Collated):
-            return None
+            return records.rows if isinstance(records, Collated) and self.is_followed else None
         known, self._alone = self._alone, {}
         for record in records:
             self._alone[id(record)] = known.get(id(record)) or (record, _parts(self._collate([record])))

@@ -17,9 +17,9 @@ from lightning_dp.errors import ComparisonError, PrivacyError
 from lightning_dp.per_sample.frozen_randomness import UnfrozenDrawError
 from lightning_dp.sampling import LogicalBatch
 from lightning_dp.step.draws import Draws
+from lightning_dp.step.exchanged import Exchanged
 from lightning_dp.step.foreign import ForeignCode
 from lightning_dp.step.host import Host
-from lightning_dp.step.loading import Exchanged
 from lightning_dp.step.local import local_part
 from lightning_dp.step.loss_form import LossForm
 from lightning_dp.step.probe import Probe
@@ -145,7 +145,7 @@ class TrialRuns:
                     seed_generators(0)
                     moved[number] = self.host.training.move(batch)
                     snapshot.put_back()
-        is_new = self.loss_form.see_spread(Exchanged(found.place, found.num_records, *moved).spread())
+        is_new = self.loss_form.see_spread(found._replace(real=moved[0], other=moved[1]).spread())
         self.exchanged = found if is_new and alone else self.exchanged
 
     def again(

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from lightning_dp import PrivacyError
-from lightning_dp.step.loading import Exchanged, KeptState, LoadingWatch, check_collating
+from lightning_dp.step.exchanged import Exchanged
+from lightning_dp.step.loading import KeptState, LoadingWatch, check_collating
 
 RECORDS = [torch.arange(3.0) + 10 * index for index in range(4)]
 

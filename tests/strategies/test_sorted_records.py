@@ -41,6 +41,17 @@ def packed(records: list[Record]) -> tuple[PackedSequence, None, Tensor]:
     return pack_padded_sequence(x, lengths), None, labels
 
 
+def joined(records: list[Record]) -> tuple[Tensor, Tensor, Tensor]:
+    x, lengths, labels = by_length(records)
+    return torch.cat([x[:length, i] for i, length in enumerate(lengths.tolist())]), lengths, labels
+
+
+def by_value(records: list[Record]) -> tuple[Tensor, Tensor]:
+    """An exchange of records moves others."""
+    records = sorted(records, key=lambda record: float(record[0][0, 0]))
+    return pad_sequence([x for x, _ in records]), torch.tensor([y for _, y in records])
+
+
 def with_others(records: list[Record]) -> tuple[Tensor, Tensor, Tensor]:
     x, lengths, labels = by_length(records)
     return x + 0.1 * x.mean(1, keepdim=True), lengths, labels
@@ -54,6 +65,7 @@ class Reader(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, lengths, labels = batch
+        x = pad_sequence(x.split(lengths.tolist())) if torch.is_tensor(x) and x.dim() == 2 else x
         _, (state, _) = self.lstm(x if lengths is None else pack_padded_sequence(x, lengths))
         return F.cross_entropy(self.head(self.mix(state[-1], self.trainer.global_step)), labels)
 
@@ -70,7 +82,13 @@ def fit(module: L.LightningModule, tmp_path: Any, collate: Any = by_length, step
 
 @pytest.mark.parametrize(
     ("collate", "settings"),
-    [(by_length, {}), (by_length, {"microbatch_size": 4}), (packed, {}), (by_length, {"per_sample_loss": True})],
+    [
+        (by_length, {}),
+        (by_length, {"microbatch_size": 4}),
+        (packed, {}),
+        (joined, {}),
+        (by_length, {"per_sample_loss": True}),
+    ],
 )
 @pytest.mark.one_in(2)
 def test_sorted_records_train_together(
@@ -165,7 +183,9 @@ def test_each_record_has_the_row_of_its_values(collate: Any) -> None:
         assert torch.equal(padded[: len(x), row], x)
 
 
-@each("collate, num, is_new", [(by_length, 7, False), (by_length, 6, False), (with_others, 7, True)])
+@each(
+    "collate, num, is_new", [(by_length, 7, False), (by_length, 6, False), (by_value, 7, False), (with_others, 7, True)]
+)
 def test_a_sorted_record_that_is_exchanged_has_another_row(collate: Any, num: int, is_new: bool) -> None:
     """Six records are as many as the times of the longest one."""
     _, found = LoadingWatch().collate(collate, sequences()[:num])
