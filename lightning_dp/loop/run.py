@@ -143,7 +143,8 @@ class PrivateLoop(LoopFacts):
         self._move = move or (lambda batch: move_to(next(model.parameters()).device, batch))
         self._around, self._others = around, others
         rank, world_size = self._reduction.rank, self._reduction.world_size
-        drawing: Any = {**settings.drawing, "watch": LoadingWatch() if settings.check_per_sample else None}
+        watch = LoadingWatch(keeps_order=settings.unit is not None) if settings.check_per_sample else None
+        drawing: Any = {**settings.drawing, "watch": watch}
         self._drawn = private_dataloader(loader, **drawing, rank=rank, world_size=world_size)
         self._length = planned_length(*length, self._drawn.facts)
         self.state = state = PrivacyState.of(settings, history)

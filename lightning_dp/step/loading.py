@@ -45,10 +45,12 @@ class LoadingWatch:
 
     Args:
         always: whether to exchange records also if torch's own function collates them, because hooks may mix them.
+        keeps_order: whether positions say whose a record is, so that the user's function may not sort records.
     """
 
-    def __init__(self, *, always: bool = False) -> None:
+    def __init__(self, *, always: bool = False, keeps_order: bool = False) -> None:
         self._always, self._num_read, self._num_collated = always, -1, -1
+        self._keeps_order = keeps_order
 
     def read(self, dataset: Any, positions: list[int]) -> None:
         """Check now and then that an item is the same whatever else is read.
@@ -119,7 +121,7 @@ class LoadingWatch:
         place, source = places
         swapped = [*records[:place], records[source], *records[place + 1 :]]
         found = Exchanged(place, len(records), again(records), again(swapped))
-        if found.spread():  # the user's function may sort the records
+        if found.spread() and not self._keeps_order:  # the user's function may sort the records
             order = RowOrder(again, is_followed=True)
             one, other = order.rows_of(records), order.rows_of(swapped)
             found = found if one is None or other is None else found._replace(rows=(one, other))

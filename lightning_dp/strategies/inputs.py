@@ -87,8 +87,13 @@ class TrainingInputs(RunFacts, Strategy):
             world_size=self.world_size,
             num_batches_kept=trainer_checks.batches_kept(trainer, dataloader, parts),
             extra_records=self.mechanisms.extra_records,
-            watch=LoadingWatch(always=has_transfer(trainer, self.module)) if self.settings.check_per_sample else None,
+            watch=self._watch(trainer),
         )
+
+    def _watch(self, trainer: Any) -> LoadingWatch | None:
+        """Return the watch of data loading, unless the user has switched checks off."""
+        has_users, always = self.settings.unit is not None, has_transfer(trainer, self.module)
+        return LoadingWatch(always=always, keeps_order=has_users) if self.settings.check_per_sample else None
 
     def _follow_accumulation(self, dataloader: Any) -> None:
         """Draw logical batches of another size from this epoch on, if ``GradientAccumulationScheduler`` changes it."""

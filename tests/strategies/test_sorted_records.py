@@ -187,6 +187,7 @@ def test_each_record_has_the_row_of_its_values(collate: Any) -> None:
     "collate, num, is_new", [(by_length, 7, False), (by_length, 6, False), (by_value, 7, False), (with_others, 7, True)]
 )
 def test_a_sorted_record_that_is_exchanged_has_another_row(collate: Any, num: int, is_new: bool) -> None:
-    """Six records are as many as the times of the longest one."""
-    _, found = LoadingWatch().collate(collate, sequences()[:num])
-    assert (found is not None) == is_new
+    """Six records are as many as the times of the longest one. Users' records may not move."""
+    for keeps_order in (False, True):
+        _, found = LoadingWatch(keeps_order=keeps_order).collate(collate, sequences()[:num])
+        assert (found is not None) == (is_new or keeps_order)
