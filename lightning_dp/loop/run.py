@@ -276,7 +276,7 @@ class PrivateLoop(LoopFacts):
                 "before its first step."
             )
         saving.load(self.state, state)
-        self.state.plan, self._loaded = None, state
+        self._loaded = state
 
     def close(self) -> None:
         """Remove all hooks from the model and end the threads of the run; ledger and statement remain readable."""

@@ -294,6 +294,6 @@ class PrivacyState:
             )
         notes = saved.load_notes(checkpoint) if saved.KEY in checkpoint else None
         self.ledger, self.restored_plan, self.step, self.unledgered = found
-        self.precision = 0.0
+        self.plan, self.precision = None, 0.0  # steps that are taken again were not planned for
         if notes is not None:
             self.take_notes(notes)

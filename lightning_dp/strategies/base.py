@@ -184,6 +184,7 @@ class PrivateStrategy(TrainingInputs, Strategy):
         self._fit.check_end()
         if any(each.param_groups for each in self.optimizers):  # else nothing trains, and Lightning says so
             self._fit.step.check_released()
+        _ = self.plan  # made again where a checkpoint was loaded after the last step
         card_files.write(self.trainer, self, self.mechanisms.card)
         _messages.info(self.state.summary_line())
 

@@ -71,7 +71,7 @@ class RunFacts(StateFacts):
         if self._fit is None:
             return {}
         step = self._fit.step
-        return noise_stds(step.releases, step.accumulators, step.plan.expected_batch_size)
+        return noise_stds(step.releases, step.accumulators, self.plan.expected_batch_size)
 
     @property
     def audits(self) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 
-from lightning_dp import PrivacyError
+from lightning_dp import PrivacyBudget, PrivacyError
 from tests.helpers import Classifier, make_loader, make_trainer
 from tests.strategies.test_modes import strategy_of, targeted
 
@@ -33,15 +34,38 @@ def test_learning_rate_search_spends_budget_that_stays_counted(tmp_path: Any) ->
     assert strategy.ledger.num_steps == searched + 8
 
 
+class Again(LearningRateFinder):
+    """Searches at the beginning of every epoch, as Lightning's documentation does."""
+
+    def on_fit_start(self, *args: Any) -> None:
+        pass
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.lr_find(trainer, pl_module)
+
+
+@pytest.mark.parametrize("callbacks", [[], [PrivacyBudget(2.0)]])
+def test_searches_within_a_run_keep_its_limit(callbacks: list[Any], tmp_path: Any) -> None:
+    strategy = strategy_of() if callbacks else targeted()
+    finder = Again(num_training_steps=3, early_stop_threshold=None, update_attr=False)
+    make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[finder, *callbacks]).fit(Classifier(), make_loader())
+    assert strategy.ledger.num_steps > strategy.steps_taken > 0
+    assert 1.5 < strategy.epsilon() <= 2.0
+
+
+def test_a_checkpoint_loaded_after_the_last_step_is_reported(tmp_path: Any) -> None:
+    class Back(L.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+            trainer.strategy.load_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+
+    strategy = strategy_of()
+    make_trainer(strategy, tmp_path, enable_checkpointing=True, callbacks=[Back()]).fit(Classifier(), make_loader())
+    assert "4 steps" in strategy.state.summary_line()
+
+
 @pytest.mark.slow
 def test_learning_rate_search_within_a_run_is_not_tried(tmp_path: Any) -> None:
-    class Again(LearningRateFinder):
-        def on_fit_start(self, *args: Any) -> None:
-            pass
-
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            self.lr_find(trainer, pl_module)
-
     module, strategy = Classifier(), strategy_of()
     finder = Again(num_training_steps=6, early_stop_threshold=None)
     make_trainer(strategy, tmp_path, max_epochs=2, callbacks=[finder]).fit(module, make_loader())
