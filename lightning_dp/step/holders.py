@@ -57,6 +57,11 @@ class Holder:
             values = self.content.values() if isinstance(self.content, dict) else self.content
             self.found = [(path, one) for one in values if WAYS[type(one)]]
 
+    @property
+    def has_names(self) -> bool:
+        """True for attributes, and for plain dictionaries."""
+        return isinstance(self.content, dict) and (self.plain is not None or type(self.live) is Variables)
+
     def _copied(self) -> Any:
         if not self.is_object and self.size > MOST_ENTRIES:
             return None

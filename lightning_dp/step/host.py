@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_dp.sampling import PrivateDataLoader
+from lightning_dp.step.contents import Contents
 from lightning_dp.step.records import TrainingRecords
-from lightning_dp.step.refilling import reset_attributes
-from lightning_dp.step.snapshot import NOT_PLAIN
+from lightning_dp.step.refilling import changed, put_back
+from lightning_dp.system.torch_private import Layers
 
 
 class Host(ABC):
@@ -38,8 +39,11 @@ class Host(ABC):
     def __init__(
         self, loader: Callable[[], PrivateDataLoader], move: Callable[[Any], Any], *, world_size: int, limit: int | None
     ) -> None:
-        self.training = TrainingRecords(loader, move)
+        self.training = TrainingRecords(loader, move, self._without_effect)
         self._world_size, self._limit = world_size, limit
+        self.layers: Layers | None = None
+        """Of the user's module, once they are known."""
+        self._contents: Contents | None = None
 
     @property
     def batch_size(self) -> int:
@@ -52,8 +56,7 @@ class Host(ABC):
 
     def records(self, num: int, seed: int = 0) -> list[Any]:
         """Return a few records from all over the training set, the same ones for the same seed."""
-        with self._without_effect():
-            return self.training.take(num, seed)
+        return self.training.take(num, seed)
 
     def read(self, positions: list[int]) -> list[Any]:
         """Return the records at some positions."""
@@ -67,20 +70,22 @@ class Host(ABC):
 
     def check_order(self) -> None:
         """Check, at the beginning of a pass, that the records are where they were."""
-        with self._without_effect():
-            self.training.check_order()
+        self.training.check_order()
+
+    def held(self) -> list[tuple[Any, Any]]:
+        """Return attributes and variables that steps may read, those of further objects too, with copies of now."""
+        layers = [] if self.layers is None else map(vars, self.layers.now().own)
+        self._contents = found = Contents([*self.attributes(), *layers], [], (), self._contents)
+        return [(each.live, each.content) for each in found.holders.values() if each.has_names]
 
     @contextmanager
     def _without_effect(self) -> Iterator[None]:
-        """Give attributes and variables that steps use their values back after records were read, by which the dataset
-        may set them.
-        """
-        held = [(attributes, attributes.copy()) for attributes in self.attributes()]
+        """Give attributes and variables back what they held, after records were read: a dataset may set them."""
+        held = self.held()
         try:
             yield
         finally:
-            for attributes, before in held:
-                reset_attributes(attributes, before, NOT_PLAIN)
+            put_back(changed(held).values())
 
     @abstractmethod
     def run(self, records: list[Any]) -> Any:

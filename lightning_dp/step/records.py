@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -42,10 +43,16 @@ class TrainingRecords:
     Args:
         loader: returns the private loader, which may be replaced during a fit.
         move: moves a collated batch to the device.
+        aside: makes a context after which what reading has set is put back.
     """
 
-    def __init__(self, loader: Callable[[], PrivateDataLoader], move: Callable[[Any], Any]) -> None:
-        self._loader, self.move = loader, move
+    def __init__(
+        self,
+        loader: Callable[[], PrivateDataLoader],
+        move: Callable[[Any], Any],
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._loader, self.move, self._aside = loader, move, aside
         self.axes: tuple[str, ...] = ()
         """Paths of the tensors of a batch that have one row per record, once ``learn_rows`` has found them."""
         self._stand_in: tuple[PrivateDataLoader, list[Any]] | None = None  # with the loader that it comes from
@@ -70,9 +77,10 @@ class TrainingRecords:
             seed: chooses the positions.
         """
         loader = self.loader
-        if isinstance(loader.dataset, IterableDataset):
-            return peek_samples(loader, num)
-        return read(loader.dataset, self._positions(num, seed))
+        with self._aside():
+            if isinstance(loader.dataset, IterableDataset):
+                return peek_samples(loader, num)
+            return read(loader.dataset, self._positions(num, seed))
 
     def read(self, positions: list[int]) -> list[Any]:
         """Return the records at some positions of a dataset with random access."""
@@ -132,7 +140,7 @@ class TrainingRecords:
         """Return what is seen in a few records, always the same ones; None where random draws change it."""
         readings = []
         for entropy in (1, 2):
-            with fresh_randomness(entropy):
+            with fresh_randomness(entropy), self._aside():
                 records = read(self.loader.dataset, self._positions(_NUM_PLACES, 1))
                 readings.append([look(record) for record in records])
         return [one if one == other else None for one, other in zip(*readings, strict=True)]
@@ -147,7 +155,7 @@ class TrainingRecords:
         Args:
             device: its global generator and those of the CPU are restored.
         """
-        with kept_generators(device):
+        with kept_generators(device), self._aside():
             # of flat lists of parts, few records may have one each; of unlike ones, the collate function may drop one
             for num in (_NUM_PLACES, 2):
                 pair = (differing(self.take(num)) * 2)[:2]
@@ -202,7 +210,8 @@ class TrainingRecords:
     def stand_in(self, copies: int = 1) -> Any:
         """Return a batch on the device that replaces an empty one: one record, or copies of it."""
         if self._stand_in is None or self._stand_in[0] is not self.loader:
-            self._stand_in = self.loader, peek_samples(self.loader, 1)
+            with self._aside():
+                self._stand_in = self.loader, peek_samples(self.loader, 1)
         return self.batch_of(self._stand_in[1] * copies)
 
     def batch_size(self, world_size: int, limit: int | None) -> int:

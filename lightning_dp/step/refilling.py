@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,9 @@ from lightning_dp.step.object_kinds import state_of_class
 
 ABSENT = object()
 """Value of an attribute that is missing."""
+_PLAIN = (int, float, complex, str)
+Value = tuple[Any, str, Any]
+"""Attributes or variables, the name of one of them, and its value at some time, or ``ABSENT``."""
 _READING = ("__getitem__", "__iter__", "__len__", "items", "keys", "values")
 
 
@@ -22,6 +25,27 @@ def reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped
     for name, value in before.items():
         if attributes.get(name, ABSENT) is not value:
             attributes[name] = value
+
+
+def changed(held: list[tuple[Any, Any]]) -> dict[tuple[Any, ...], Value]:
+    """Return by a key the values that have changed since then."""
+    found: dict[tuple[Any, ...], Value] = {}
+    for number, (attributes, before) in enumerate(held):
+        now = attributes.copy()
+        for name in () if same_content(now, before) else {*now, *before}:
+            one, other = before.get(name, ABSENT), now.get(name, ABSENT)
+            if one is not other and not (type(one) is type(other) and isinstance(one, _PLAIN) and one == other):
+                found["read", number, name] = attributes, name, one
+    return found
+
+
+def put_back(values: Iterable[Value]) -> None:
+    """Give attributes and variables some values back."""
+    for attributes, name, value in values:
+        if value is not ABSENT:
+            attributes[name] = value
+        else:
+            attributes.pop(name, None)
 
 
 def same_content(holder: Any, content: Any) -> bool:

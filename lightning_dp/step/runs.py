@@ -53,7 +53,7 @@ class TrialRuns:
     """
 
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
-        self.step, self.sandbox = step, sandbox
+        self.step, self.sandbox, host.layers = step, sandbox, step.parameters.layers
         self.host = ForeignCode(
             host, reduction=lambda: step.state.loss_reduction, runs_alone=step.settings.runs_samples_alone
         )

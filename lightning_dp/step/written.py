@@ -13,16 +13,13 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.step import state_runs
 from lightning_dp.step.decisions import NUM_FEW
 from lightning_dp.step.given_records import Reread
-from lightning_dp.step.refilling import ABSENT, same_content
+from lightning_dp.step.refilling import Value, changed, put_back
 from lightning_dp.step.runs import TrialRuns
 from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.state_check import LATER
 from lightning_dp.step.writes import Look, When, WriteWatch
 
-_PLAIN = (int, float, complex, str)
 Begin = Callable[[], AbstractContextManager[None]]
-Value = tuple[Any, str, Any]
-"""Attributes or variables, the name of one of them, and its value at some time, or ``ABSENT``."""
 
 
 class Ran(NamedTuple):
@@ -49,11 +46,7 @@ class Ran(NamedTuple):
     def back_in(self) -> Iterator[None]:
         """Go back to the state and the counters before this batch within the context."""
         with self.counters(), self.look.back_in():
-            for attributes, name, value in self.changed:  # the look gives them their values of now back
-                if value is not ABSENT:
-                    attributes[name] = value
-                else:
-                    attributes.pop(name, None)
+            put_back(self.changed)  # the look gives them their values of now back
             yield
 
     @contextmanager
@@ -101,9 +94,9 @@ class Written:
             parts: positions of the records of each of its microbatches; empty if unknown.
         """
         host, form = self._runs.host, self._runs.loss_form
-        changed, self._held = _changed(self._held), []
-        is_new = form.see_writes(changed, When.FORWARD, self._runs.step.state.step)
-        ran = Ran(parts, self.watch.begin(), host.counters(), [*changed.values()] if is_new else ())
+        found, self._held = changed(self._held), []
+        is_new = form.see_writes(found, When.FORWARD, self._runs.step.state.step)
+        ran = Ran(parts, self.watch.begin(), host.counters(), [*found.values()] if is_new else ())
         self.batches.appendleft(ran)
         self._writers += [ran] if is_new else []
 
@@ -194,15 +187,3 @@ class Written:
                 with begun:
                     snapshot = snapshot if begin is None else self._sandbox.snapshot()
                     host.attempt(partial(compare, *ends), snapshot.put_back)
-
-
-def _changed(held: list[tuple[Any, Any]]) -> dict[tuple[Any, ...], Value]:
-    """Return by a key the values that have changed since then."""
-    found: dict[tuple[Any, ...], Value] = {}
-    for number, (attributes, before) in enumerate(held):
-        now = attributes.copy()
-        for name in () if same_content(now, before) else {*now, *before}:
-            one, other = before.get(name, ABSENT), now.get(name, ABSENT)
-            if one is not other and not (type(one) is type(other) and isinstance(one, _PLAIN) and one == other):
-                found["read", number, name] = attributes, name, one
-    return found

@@ -121,6 +121,39 @@ def test_microbatches_count_as_a_batch_for_loading(name: str, options: Any, tmp_
         fit(*WAYS[name](), tmp_path, **options)
 
 
+class CountsReads(Dataset[Any]):
+    def __init__(self) -> None:
+        self.records = loader().dataset
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        global CALLS
+        CALLS += 1
+        return self.records[index]
+
+
+class NamesTheCount(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1.0 if CALLS >= 0 else 0.0)
+
+
+def test_only_reading_for_a_step_sets_something(tmp_path: Any) -> None:
+    """Records at public positions are read for trials, and in place of batches that are empty."""
+    sizes: list[int] = []
+
+    class Sizes(L.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            sizes.append(len(batch[0]))
+
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, seed=0, check_per_sample=False)
+    trainer = make_trainer(strategy, tmp_path, max_steps=STEPS, max_epochs=-1, callbacks=[Sizes()])
+    trainer.fit(NamesTheCount(), DataLoader(CountsReads(), batch_size=1))
+    assert sum(sizes) == CALLS
+    assert 0 in sizes
+
+
 def test_what_loading_sets_in_a_loop_is_refused() -> None:
     module = Module()
     optimizer, options = torch.optim.SGD(module.parameters(), lr=0.1), {"noise_multiplier": 1.0, "target_delta": 1e-3}
