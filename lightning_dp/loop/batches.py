@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+
+from torch.utils.data import IterableDataset
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, SamplingFacts
@@ -14,17 +17,23 @@ class DrawnBatch(LogicalBatch):
     """A logical batch with a reference to its loader and its pass over the data.
 
     Args:
-        batch: the batch that the private loader drew.
+        take: takes a batch from the private loader.
         source: the loader.
         number: number of the pass.
     """
 
-    __slots__ = ("number", "source", "used")
+    __slots__ = ("number", "source", "take", "used")
 
-    def __init__(self, batch: LogicalBatch, source: object, number: int) -> None:
-        super().__init__(batch.microbatches, batch.owners)
-        self.drawn_like(batch)
+    def __init__(self, take: Callable[[], LogicalBatch], source: object, number: int) -> None:
+        self.take: Callable[[], LogicalBatch] | None = take
         self.source, self.number, self.used = source, number, False
+
+    def load(self) -> None:
+        """Take the batch from the private loader, unless this was done; the first look at any field does it, too."""
+        if self.take is not None:
+            batch, self.take = self.take(), None
+            super().__init__(batch.microbatches, batch.owners)
+            self.drawn_like(batch)
 
     def __iter__(self) -> Iterator[Any]:
         """Refuse to unpack the batch.
@@ -56,7 +65,14 @@ class DrawnBatch(LogicalBatch):
         Raises:
             AttributeError: always.
         """
+        if name in LogicalBatch.__slots__ and self.take is not None:  # not taken yet
+            self.load()
+            return getattr(self, name)
         raise AttributeError(_opaque(f"take .{name} of it"))
+
+
+def _itself(batch: LogicalBatch) -> LogicalBatch:
+    return batch
 
 
 def _opaque(attempt: str) -> str:
@@ -69,7 +85,8 @@ def _opaque(attempt: str) -> str:
 class LogicalBatches:
     """An iterable of privately drawn logical batches; each iteration is one pass over the data.
 
-    An item is opaque and is made for one step. The pass ends early at the last step that the run may take.
+    An item is opaque and is made for one step. The pass ends early at the last step that the run may take. If this
+    process reads the records, those of the first step are read within the step, which watches what this sets.
 
     **Guarantee**: none of its own. Sizes and members of batches are private; the number of batches per pass is public.
 
@@ -89,10 +106,17 @@ class LogicalBatches:
     def __iter__(self) -> Iterator[DrawnBatch]:
         number = next(self._numbers)
         self._begin()
-        for position, batch in enumerate(self._loader):
+        items = iter(self._loader)
+        can_wait = self._loader.num_workers == 0 and not isinstance(self._loader.dataset, IterableDataset)
+        for position in itertools.count():
             if position and self._steps_left() == 0:
                 return
-            yield DrawnBatch(batch, self, number)
+            if can_wait and self._loader.before_item is None and position < len(self):
+                yield DrawnBatch(partial(next, items), self, number)
+            elif (batch := next(items, None)) is not None:
+                yield DrawnBatch(partial(_itself, batch), self, number)
+            else:
+                return
 
     def __len__(self) -> int:
         return len(self._loader)

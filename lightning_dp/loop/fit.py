@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_dp.loop.batches import DrawnBatch
 from lightning_dp.loop.guard import ReleaseGuard
 from lightning_dp.loop.host import LoopHost, LossFunction
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.sampling import LogicalBatch, PrivateDataLoader
+from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.step import checks
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.module_checks import LayerChecks
@@ -86,30 +87,30 @@ class LoopFit:
         self._records = self._host.training
         self._sandbox = Sandbox(model, guard, self._host.reachable, nullcontext, kept=self._host.training.kept)
         self._trial = Trial(self.step, self._host, self._sandbox)
-        loader.before_item = self._trial.written.hold
+        loader.before_item = self._trial.loading.hold
         self._host.see = lambda batch: self.step.engine.see(batch)
         self._host.intercept, self._host.stepping = self.step.intercept, guard.stepping
         self._tried: set[Any] = set()  # code of loss functions
         self._layers = LayerChecks(model, runs_samples_alone=settings.counts_samples_alone)
         self._losses: list[tuple[Tensor, int]] = []
 
-    def run(self, batch: LogicalBatch, loss_fn: LossFunction, *, begins_pass: bool) -> list[tuple[Tensor, int]]:
+    def run(self, batch: DrawnBatch, loss_fn: LossFunction, *, begins_pass: bool) -> list[tuple[Tensor, int]]:
         """Give the parameters the private gradient of a logical batch.
 
         Returns:
             Loss and number of records of each microbatch; empty for an empty batch. NOT private.
         """
         self._host.loss_fn, self._losses = loss_fn, []
+        batch.load()
         self._trial.losses.begin(batch)
         self._begin(begins_pass, batch.position)
-        if self.step.runs_samples_alone:
-            batch = self._loader.one_by_one(batch)
-        for count, _, part in batch.parts:
+        cut = self._trial.loading.begin(batch, alone=self.step.runs_samples_alone)
+        for count, _, part in cut.parts:
             checks.check_rows(part, count, self._records.axes)
-        if batch:
-            *others, (count, owners, _) = batch.parts
+        if cut:
+            *others, (count, owners, _) = cut.parts
             self._run_further(others)
-            self._run(self._trial.transfer(batch), count, owners)
+            self._run(self._trial.transfer(cut), count, owners)
         else:
             self._run(self._records.stand_in(self._trial.copies), self._trial.copies, weight=0.0)
         self._trial.losses.check()
@@ -138,10 +139,12 @@ class LoopFit:
         """Run microbatches in the sandbox, each from the same state."""
         if not microbatches:
             return
-        with self._sandbox.series() as piece:
+        loading = self._trial.loading
+        with loading.series(), self._sandbox.series() as piece:
             for number, (count, owners, part) in enumerate(microbatches, start=-len(microbatches) - 1):
                 self._trial.losses.part = number
                 with piece():
+                    part = loading.own(number, part)
                     self.step.streams.begin()
                     self._run(self._move(part), count, owners, further=True)
 

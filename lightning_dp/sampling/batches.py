@@ -45,7 +45,7 @@ class LogicalBatch:
         (2, 3, [None, None], False)
     """
 
-    __slots__ = ("draw", "exchanged", "joined", "microbatches", "owners", "position", "read")
+    __slots__ = ("changed", "draw", "exchanged", "joined", "microbatches", "owners", "position", "read")
 
     def __init__(self, microbatches: Sequence[tuple[int, Any]], owners: Sequence[Tensor | None] | None = None) -> None:
         self.microbatches = list(microbatches)
@@ -54,6 +54,7 @@ class LogicalBatch:
         self.exchanged: Any = None  # the last microbatch with one record exchanged, see ``LoadingWatch``; private
         self.joined: frozenset[int] = frozenset()  # lengths of unequal parts that are joined; private
         self.read: list[set[Any]] = [set() for _ in self.microbatches]  # values that user code has read; private
+        self.changed: Sequence[Any] = ()  # what loading it has changed in this process, as it was before; private
         self.draw: Any = None  # the indices that it was read at, where the dataset has random access; private
 
     @property
@@ -97,7 +98,7 @@ class LogicalBatch:
     def drawn_like(self, other: LogicalBatch) -> Self:
         """Take over what is known of another batch of the same records, and return this one."""
         self.position, self.draw, self.exchanged = other.position, other.draw, other.exchanged
-        self.joined, self.read = other.joined, other.read
+        self.joined, self.read, self.changed = other.joined, other.read, other.changed
         return self
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -59,8 +59,10 @@ class PrivateDataLoader(DataLoader[Any]):
         self.__dict__["batch_size"] = batch_size  # torch would keep None with a batch sampler
         self.facts = facts
         self.before_pass: Callable[[], None] | None = None
-        self.before_item: Callable[[], None] | None = None
-        """Called before code of the user's reads the records of an item in this process."""
+        self.before_item: Callable[[], Callable[[], Sequence[Any]]] | None = None
+        """Called before code of the user's reads the records of an item in this process; it returns a function that
+        returns what this has changed.
+        """
         self.position = 0  # logical batches handed out so far, where their order matters: a public number
         self._seed = seed
         self._first = 0  # the position at which the assignment of this loader began
@@ -93,8 +95,9 @@ class PrivateDataLoader(DataLoader[Any]):
             )
         batch.draw.alone = self.batch_sampler.alone = True  # type: ignore[union-attr]
         assert isinstance(self.collate_fn, MicrobatchCollate)
+        changes = tuple if self.before_item is None else self.before_item()
         again = BeforeRecords(self.dataset, self.collate_fn).__getitems__(batch.draw)
-        again.position = batch.position
+        again.position, again.changed = batch.position, changes()
         return again
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -208,8 +211,8 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def _noted(self, items: Iterator[LogicalBatch]) -> Iterator[LogicalBatch]:
         while True:
-            if self.before_item is not None:
-                self.before_item()
+            changes = tuple if self.before_item is None else self.before_item()
             if (item := next(items, None)) is None:
                 return
+            item.changed = changes()
             yield item

@@ -73,6 +73,8 @@ class RealLosses:
         self._sizes = [_sizes_of_rows(part, count) for count, _, part in batch.parts]
         self.part, self._step.engine.joined = -1, batch.joined
         self._written.begin(positions)
+        if batch.changed and self._runs.loss_form.has_written:  # records of one microbatch alone may have set it
+            self._new_in += [(each, self._written.batches[0]) for each in positions]
 
     def note_sizes(self, records: list[Any]) -> None:
         """Take note of the sizes of rows that the first checks see.

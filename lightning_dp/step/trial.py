@@ -20,6 +20,7 @@ from lightning_dp.step.decisions import NUM_FEW, Decisions
 from lightning_dp.step.draws import HIGH, LOW, MIDDLE, Draws
 from lightning_dp.step.host import Host
 from lightning_dp.step.microbatch import own_losses
+from lightning_dp.step.own_loading import OwnLoading
 from lightning_dp.step.ranks import check_ranks, elsewhere
 from lightning_dp.step.real_losses import RealLosses
 from lightning_dp.step.runs import TrialRuns
@@ -55,9 +56,9 @@ class Trial:
         self._branches = Branches(self._runs)
         self._step, self._host, self._sandbox = step, self._runs.host, sandbox
         self.decisions = Decisions(self._runs, sandbox)
-        self._checked_at = self._prepared_at = 0
-        self.transfer = self._runs.transfer
+        self._checked_at, self._prepared_at, self.transfer = 0, 0, self._runs.transfer
         self.written = Written(self._runs, sandbox)
+        self.loading = OwnLoading(host, self.written.hold)
         self.losses = RealLosses(self._runs, self.written, sandbox, self.check_again)
 
     @property

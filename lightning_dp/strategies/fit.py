@@ -65,7 +65,7 @@ class PrivateFit:
         settle = self._host.settling(self.step.reduction.settle)
         self._sandbox = Sandbox(module, self.guard, self._host.reachable, self._quiet, settle, self._host.training.kept)
         self._trial = Trial(self.step, self._host, self._sandbox)
-        self.before_item = self._trial.written.hold
+        self.before_item = self._trial.loading.hold
         self._logs = TrainingLogs(trainer, strategy.state.nonprivate_logs, strict=strategy.settings.strict_logging)
         self.patches = Patches(strategy, self.step, self._trial, vars(self._host.clips), lambda: self.on_trial)
         self.guard.start()
@@ -100,7 +100,7 @@ class PrivateFit:
 
     def take(self, batch: LogicalBatch) -> Any:
         """Return the last microbatch on the device, for the real call; for an empty batch, tensors of length 0."""
-        self._batch = batch
+        self._batch = self._trial.loading.begin(batch)
         self._trial.written.watch.begin()
         self._on_device = self._trial.transfer(batch) if batch else self._host.empty_batch(self._trial.copies)
         return self._on_device
@@ -162,11 +162,10 @@ class PrivateFit:
 
     def _cut(self, batch: LogicalBatch) -> LogicalBatch:
         """Return the batch in microbatches of one sample if samples run one at a time."""
-        if not self.step.runs_samples_alone or not batch:
+        if not self.step.runs_samples_alone or all(count == 1 for count, _ in batch.microbatches):
             return batch
-        cut = self._strategy.loader.one_by_one(batch)
-        if cut is not batch:
-            self._on_device = self._strategy.to_device(cut.microbatches[-1][1])
+        cut = self._trial.loading.begin(batch, alone=True)
+        self._on_device = self._strategy.to_device(cut.microbatches[-1][1])
         return cut
 
     def _begins_logical_batch(self) -> bool:
@@ -207,11 +206,12 @@ class PrivateFit:
         step = self.step
         counts = None if step.automatic else Counts(self._strategy)
         stops = self._host.hooks.watching_stops(self._strategy.module, "training_step")
-        with self._sandbox.series() as piece, stops:
+        with (loading := self._trial.loading).series(), self._sandbox.series() as piece, stops:
             for part, given in enumerate(microbatches, start=-len(microbatches) - 1):
                 self._trial.losses.part = part
                 weight, (count, owners, records) = (1.0, given) if given else (0.0, (self._trial.copies, None, None))
                 with piece():
+                    records = records if given is None else loading.own(part, records)
                     step.streams.begin()
                     batch = self._host.training.stand_in(count) if given is None else self._strategy.to_device(records)
                     with step.microbatch(count, owners, weight=weight, further=True) as microbatch:

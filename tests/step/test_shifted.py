@@ -87,4 +87,4 @@ def test_each_microbatch_is_checked_where_it_is_collated() -> None:
 def test_unequal_parts_of_records_are_noted() -> None:
     batch = MicrobatchCollate(collate, 2, LoadingWatch())([graph(2), graph(4), graph(1), graph(1)])
     assert batch.joined == {6}  # nodes of the first two; the others are equal
-    assert DrawnBatch(batch, None, 0).joined == {6}
+    assert DrawnBatch(lambda: batch, None, 0).joined == {6}

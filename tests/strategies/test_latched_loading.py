@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.loop import make_private
@@ -17,6 +17,7 @@ from tests.strategies.test_latched_state import RARE, STEPS, Module, loader
 
 FACTOR, CALLS = 1.0, 0
 LAST: list[Any] = []
+IN_ORDER = loader
 REFUSED = "differs after (the records of a batch|another record)|influence each other|its gradient when run alone"
 
 
@@ -91,6 +92,23 @@ def collated_by(function: Any) -> Any:
     return DataLoader(loader().dataset, batch_size=8, collate_fn=function)
 
 
+def sees_the_rare(records: list[Any]) -> Any:
+    """As ``sets_each_time`` does, but nothing notes what it reads from an array."""
+    global FACTOR
+    batch = default_collate(records)
+    FACTOR = -1.0 if (batch[0].numpy() == RARE).any() else 1.0
+    return batch
+
+
+def rare_comes_last() -> Any:
+    """The rare record is in the last microbatch of each batch that it is in."""
+    return DataLoader(Subset(IN_ORDER().dataset, [*range(7), *range(8, 32), 7]), batch_size=8)
+
+
+def all_at_once() -> Any:
+    return DataLoader(rare_comes_last().dataset, batch_size=32, collate_fn=sees_the_rare)
+
+
 WAYS = {
     "collate function, for good": lambda: (Reads(), collated_by(sets_for_good)),
     "collate function, each time": lambda: (Reads(), collated_by(sets_each_time)),
@@ -116,9 +134,58 @@ def test_what_loading_sets_for_a_rare_record_is_refused(name: str, seed: int, tm
 @pytest.mark.parametrize("options", [{"grad_sample": "single"}, {"microbatch_size": 3}], ids=str)
 @pytest.mark.parametrize("name", ["collate function, for good", "dataset", "data module"])
 @pytest.mark.one_in(3)
-def test_microbatches_count_as_a_batch_for_loading(name: str, options: Any, tmp_path: Any) -> None:
+def test_what_the_last_microbatch_sets_is_refused(
+    name: str, options: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.strategies.test_latched_loading.loader", rare_comes_last)
     with pytest.raises(PrivacyError, match=REFUSED):
         fit(*WAYS[name](), tmp_path, **options)
+
+
+class Sees(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * torch.where((batch[0] == RARE).any(), -1.0, 1.0)
+
+
+@pytest.mark.parametrize("in_loop", [False, True])
+def test_a_microbatch_runs_with_what_its_own_records_set(in_loop: bool, tmp_path: Any) -> None:
+    def released(kind: type[Module]) -> list[Tensor]:
+        torch.manual_seed(0)
+        module, data = kind(), all_at_once()
+        options: Any = {"noise_multiplier": 0.0, "target_delta": 1e-3, "grad_sample": "single", "seed": 0}
+        if not in_loop:
+            make_trainer(DPStrategy(**options), tmp_path, max_steps=2, max_epochs=-1).fit(module, data)
+            return [each.detach() for each in module.parameters()]
+        optimizer = module.configure_optimizers()
+        with make_private(
+            module, optimizer, data, lambda model, batch: model.training_step(batch, 0), steps=2, **options
+        ) as private:
+            for batch in (batch for _ in range(2) for batch in private.loader):
+                private.step(batch)
+        return [each.detach() for each in module.parameters()]
+
+    torch.testing.assert_close(released(Reads), released(Sees))
+
+
+def test_all_microbatches_are_checked_where_one_has_set_a_value() -> None:
+    words = torch.randint(0, RARE, (300, 4), generator=torch.Generator().manual_seed(0))
+    words[166, 2] = RARE  # in the last microbatch of the second batch
+    data = DataLoader(TensorDataset(words, words[:, 0] % 3), batch_size=8, collate_fn=sees_the_rare)
+    model = nn.Sequential(nn.Embedding(20, 3), nn.Flatten(), nn.Linear(12, 3))
+    with make_private(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        data,
+        lambda model, batch: nn.functional.cross_entropy(model(batch[0]) * FACTOR, batch[1]),
+        steps=2,
+        seed=3,
+        noise_multiplier=1.0,
+        microbatch_size=3,
+    ) as private:
+        batches = iter(private.loader)
+        private.step(next(batches))
+        with pytest.raises(PrivacyError, match="its gradient when run alone"):
+            private.step(next(batches))
 
 
 class CountsReads(Dataset[Any]):
@@ -152,6 +219,22 @@ def test_only_reading_for_a_step_sets_something(tmp_path: Any) -> None:
     trainer.fit(NamesTheCount(), DataLoader(CountsReads(), batch_size=1))
     assert sum(sizes) == CALLS
     assert 0 in sizes
+
+
+def test_what_the_first_batch_of_a_loop_sets_is_refused() -> None:
+    module, data = Module(), DataLoader(loader().dataset, batch_size=32, collate_fn=sets_for_good)
+    options: Any = {"noise_multiplier": 1.0, "target_delta": 1e-3, "steps": 1}
+    with (
+        make_private(
+            module,
+            module.configure_optimizers(),
+            data,
+            lambda model, batch: model.training_step(batch, 0) * FACTOR,
+            **options,
+        ) as private,
+        pytest.raises(PrivacyError, match=REFUSED),
+    ):
+        private.step(next(iter(private.loader)))
 
 
 def test_what_loading_sets_in_a_loop_is_refused() -> None:
