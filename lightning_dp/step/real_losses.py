@@ -119,6 +119,8 @@ class RealLosses:
         positions = self._positions[self.part] if -self.part <= len(self._positions) else []
         self._seen_in = positions, self._written.batches[0]
         count = recording.count if recording.weight and recording.count > 1 else 0
+        if count and recording.further:
+            self._written.watch.read_aside()
         operations, hooks = num_operations() - recording.began, num_hooks() - recording.num_hooks
         form.see(loss, checked=False, num_operations=operations, count=count, num_hooks=hooks)
         if count:

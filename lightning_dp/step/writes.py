@@ -241,6 +241,12 @@ class WriteWatch:
             self._see(last.writes_until(self._last, self._known[when]), when)
         return self._last
 
+    def read_aside(self) -> None:
+        """Read what the forward of a further microbatch has written, which the sandbox puts back."""
+        if self._last is not None:
+            known = self._known[When.FORWARD]
+            self._see(self._last.writes_until(self._take(self._last), known), When.FORWARD)
+
     def _new_seeds(self, known: set[Any]) -> Iterator[tuple[str, str]]:
         """Yield a key for each generator that the forward has given another seed, the first time."""
         for name, seed in seeds().items():

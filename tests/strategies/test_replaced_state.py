@@ -65,3 +65,20 @@ def test_a_flag_in_what_each_step_replaces_is_refused(kind: type[Any]) -> None:
     features[UNREAD] = RARE
     with pytest.raises(PrivacyError, match="it differs after the records of a batch"):
         train([*zip(features, labels, strict=True)], kind())
+
+
+class SetsEachTime:
+    """A factor that each call sets for its own records; nothing notes what it reads from an array."""
+
+    factor = 1.0
+
+    def __call__(self, network: Any, batch: Any) -> Tensor:
+        self.factor = -1.0 if bool((batch[0].numpy() == RARE).any()) else 1.0
+        return nn.functional.cross_entropy(network(batch[0]) * self.factor, batch[1])
+
+
+def test_what_a_further_microbatch_sets_is_looked_at() -> None:
+    features, labels = make_dataset(300).tensors
+    features[118] = RARE  # in the first microbatch of step 6
+    with pytest.raises(PrivacyError, match=r"influence each other|its gradient when run alone"):
+        train([*zip(features, labels, strict=True)], SetsEachTime(), microbatch_size=3)
