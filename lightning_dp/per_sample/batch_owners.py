@@ -28,12 +28,13 @@ from lightning_dp.per_sample.batch_reading import Container, Path, read
 from lightning_dp.per_sample.counting import counted
 from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.memo import Memo
-from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows
+from lightning_dp.per_sample.owned import Mixed, Owners, Rows
 
 Kind = tuple[Any, str]
 """Axis and name of an index; axis "each" for a list with one thing for each sample."""
 
 KEY = "sample_of_row"
+_NAMELESS = Mixed("a tensor of the batch whose owners nothing names")
 _TWO_WAYS = Mixed("a tensor as long as unequal parts of records together, whose owners the batch does not name clearly")
 
 
@@ -145,9 +146,9 @@ class BatchOwners:
 
 
 def _owners_of(kind: Kind | None, tensor: Tensor, follower: Follower, named: Mapping[str, Rows]) -> Owners:
-    """Return the owners of the rows of a batch's tensor; ``MIXED`` if nothing in the batch names them."""
+    """Return the owners of the rows of a batch's tensor; mixed if nothing in the batch names them."""
     if kind is None:
-        return MIXED
+        return _NAMELESS
     axis, name = kind
     assert isinstance(axis, int)
     return (follower.samples(tensor.device) if name == "sample" else named[name]).moved(axis)

@@ -27,7 +27,7 @@ from lightning_dp.per_sample.moves import MADE_OF_NUMBERS, Step, keeps_to_positi
 from lightning_dp.per_sample.nodes import Reporting, is_tracked
 from lightning_dp.per_sample.operations import operation_of
 from lightning_dp.per_sample.owned import MIXED, Mixed, Owners, Rows, fits, may_change
-from lightning_dp.per_sample.quick import are_positions
+from lightning_dp.per_sample.quick import are_from_elsewhere, are_positions
 from lightning_dp.per_sample.telling import Telling
 from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY, Traits, traits_of
 from lightning_dp.per_sample.views import owners_behind
@@ -226,7 +226,7 @@ class Follower(Telling):
         found = self._result(func, traits, args, kwargs, given, results[0] if out is None else out)
         if self.tracker.compares:
             self._note_choice(traits.name, args, kwargs, given, results)
-        found = traits.mixed if found is MIXED else found
+        found = traits.mixed if found is MIXED and not (given and are_from_elsewhere(given)) else found
         each = found if isinstance(found, list) else [found] * len(results)
         in_place = traits.in_place and bool(args) and results[0] is args[0]
         if in_place or kwargs.get("out") is not None:

@@ -34,7 +34,7 @@ from lightning_dp.per_sample.loss_kinds import (
     weights_of,
 )
 from lightning_dp.per_sample.nodes import is_tracked
-from lightning_dp.per_sample.owned import Mixed, Rows
+from lightning_dp.per_sample.owned import MIXED, Mixed, Rows
 from lightning_dp.per_sample.places import Places
 from lightning_dp.per_sample.telling import Telling
 
@@ -137,6 +137,8 @@ class OwnLosses(Telling):
             return Places(1, len(tensor))
         if (follower := self._owners()) is not None:
             rows = follower.owners_of(tensor)
+            if rows is None and len(tensor) == self._size and not self._is_constant(tensor) and _repeats(tensor):
+                rows = follower.samples(tensor.device)  # such as a length for each record, in torch.full
             if not isinstance(rows, Rows) or rows.axis != 0 or rows.has_nobody:
                 return None
             return Places(self._size, len(tensor), rows.index, follower)
@@ -157,7 +159,7 @@ class OwnLosses(Telling):
         if self._known(tensor) is not None or is_tracked(tensor) or self._places(tensor) is not None:
             return
         owners = None if (follower := self._owners()) is None else follower.owners_of(tensor)
-        if owners is not None and self._size > 1:
+        if owners is not None and owners is not MIXED and self._size > 1:  # else it was made outside of the step
             raise _unknown(f"{func.__name__} with a value that other records have a part in")
         if not self._is_constant(tensor):
             self.figures.append((("own loss", func.__name__), tensor))
@@ -281,6 +283,11 @@ class OwnLosses(Telling):
             return True
         unequal = isinstance(out, Tensor) and out.dim() > 0 and len(out) % self._size > 0
         return unequal and bool(indices) and len(data) % self._size == 0
+
+
+def _repeats(tensor: Tensor) -> bool:
+    """Tell whether all rows of a tensor are equal."""
+    return bool((tensor == tensor[:1]).all())
 
 
 def _unknown(what: str) -> PrivacyError:

@@ -45,7 +45,7 @@ def aligned(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, m
         if rows is None:
             continue
         if type(rows) is not Rows or rows.axis is None:
-            return NotImplemented if are_positions(given, out) else _not_of_rows(traits, rows)
+            return NotImplemented if are_positions(given, out) else _not_of_rows(traits, rows, given)
         if found is None:
             found, at = rows, rows.axis - tensor.dim()
         elif rows.index is not found.index or rows.axis - tensor.dim() != at:
@@ -76,6 +76,11 @@ def are_positions(given: Given, out: Tensor) -> bool:
     return of_rows
 
 
+def are_from_elsewhere(given: Given) -> bool:
+    """Tell whether no tensor is known to hold data of a batch: each is a constant, or no operation has made it."""
+    return all(rows is None or rows is MIXED for _, rows in given)
+
+
 def along(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, memo: Memo) -> Any:
     """Return the owners of a result whose axis of owners is known without a look at values."""
     found: Any = None
@@ -84,7 +89,7 @@ def along(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, mem
         if rows is None:
             continue
         if type(rows) is not Rows or rows.axis is None:
-            return _not_of_rows(traits, rows)
+            return _not_of_rows(traits, rows, given)
         if found is None:
             found, data, at = rows, tensor, rows.axis - tensor.dim()
         elif traits.joins:
@@ -156,14 +161,14 @@ def unknown(traits: Traits, args: Any, kwargs: Any, given: Given, out: Tensor, m
         if rows is None:
             continue
         if type(rows) is not Rows or rows.axis is None:
-            return _not_of_rows(traits, rows)
+            return _not_of_rows(traits, rows, given)
         found = NotImplemented if rows.num == 1 or found is NotImplemented else traits.mixed
     known = operation_of(traits.func)
     return NotImplemented if known is not None and known.keeps_rows else found
 
 
-def _not_of_rows(traits: Traits, owners: Owners) -> Any:
+def _not_of_rows(traits: Traits, owners: Owners, given: Given) -> Any:
     """Return the owners of a result computed from a tensor that has no axis of owners."""
     if type(owners) is Mixed:
-        return traits.mixed if owners is MIXED else owners
+        return traits.mixed if owners is MIXED and not are_from_elsewhere(given) else owners
     return NotImplemented

@@ -67,8 +67,8 @@ class LossFactors:
         ...         factors.settle(0)
         >>> [*is_new(lambda rows: rows.mean() * 3, 4, 5, 4, 6)]
         [True, True, False, False]
-        >>> [*is_new(lambda rows: rows[:4].mean(), 5, 6, 5, 4)]
-        [True, True, False, False]
+        >>> [*is_new(lambda rows: rows[:4].mean(), 5, 6, 5)]
+        [True, True, False]
     """
 
     def __init__(self) -> None:

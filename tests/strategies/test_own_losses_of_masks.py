@@ -70,6 +70,16 @@ class SharesOfLosses(Tagger):
         return (self.losses(hidden, labels)[counted] / counted.sum().sqrt()).sum()
 
 
+class InAMetric(Tagger):
+    """Adds to a state that was made before, as metrics do, and divides by a count of equal lengths."""
+
+    zero = torch.zeros((), dtype=torch.float64)
+
+    def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
+        total = self.zero.detach().clone().to(hidden.dtype) + self.losses(hidden, labels)[counted].sum()
+        return total / (self.zero.clone() + torch.full((len(labels),), labels.shape[1]).sum())
+
+
 class Smoothed(Tagger):
     def loss(self, hidden: Tensor, labels: Tensor, counted: Tensor) -> Tensor:
         weight = torch.linspace(1, 2, VOCABULARY, dtype=hidden.dtype)
@@ -112,7 +122,10 @@ def tagged(*, without: int = NUM_SAMPLES) -> TensorDataset:
     return TensorDataset(words, labels)
 
 
-KINDS = [Tagger, OfHidden, OfFlatRows, OfPlaces, OfLosses, SumsOfLosses, SharesOfLosses, Smoothed, Filtered, Weighted]
+KINDS = [
+    InAMetric, Tagger, OfHidden, OfFlatRows, OfPlaces, OfLosses, SumsOfLosses, SharesOfLosses, Smoothed, Filtered,
+    Weighted,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
