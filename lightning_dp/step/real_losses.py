@@ -121,8 +121,10 @@ class RealLosses:
         count = recording.count if recording.weight and recording.count > 1 else 0
         if count and recording.further:
             self._written.watch.read_aside()
-        operations, hooks = num_operations() - recording.began, num_hooks() - recording.num_hooks
+        operations, before = num_operations() - recording.began, num_hooks()
+        hooks = before - recording.num_hooks
         form.see(loss, checked=False, num_operations=operations, count=count, num_hooks=hooks)
+        recording.num_hooks += num_hooks() - before  # those of the watch itself are not the user's
         if count:
             if -self.part <= len(self._sizes):
                 form.shown.sizes.see(self._beyond(self._sizes[self.part]))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dp import PrivacyError
+from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.per_sample import register_rule
-from tests.helpers import make_dataset
+from lightning_dp.step.trial import Trial
+from tests.helpers import NUM_FEATURES, make_dataset, make_trainer
 from tests.strategies.test_latched_state import RARE
 from tests.strategies.test_rare_losses import REFUSED, UNREAD, Module, fit, skipped, train
 
@@ -75,3 +77,37 @@ def test_a_value_that_a_registered_rule_reads_is_compared() -> None:
             train(records(), loss_fn)
     finally:
         remove()
+
+
+class TwoSteps(pl.LightningModule):
+    """Two losses in a step, whose rows have other weights all the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(NUM_FEATURES, 1), nn.Linear(NUM_FEATURES, 1)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers: Any = self.optimizers()
+        for layer, optimizer in zip((self.one, self.two), optimizers, strict=True):
+            optimizer.zero_grad()
+            self.manual_backward((layer(batch[0]).squeeze(1) - batch[1]).square().mean())
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(layer.parameters(), lr=0.01) for layer in (self.one, self.two)]
+
+
+def test_the_watch_of_weights_counts_as_no_hook(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a step with fewer of them would look new, and be checked."""
+    checked, check = [], Trial.check_again
+
+    def noting(self: Trial, number: int, *positions: Any) -> None:
+        checked.append(number)
+        check(self, number, *positions)
+
+    monkeypatch.setattr(Trial, "check_again", noting)
+    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, seed=0)
+    loader = torch.utils.data.DataLoader(make_dataset(300), batch_size=16)
+    make_trainer(strategy, tmp_path, max_steps=40, max_epochs=-1).fit(TwoSteps(), loader)
+    assert checked == [1, 9]
