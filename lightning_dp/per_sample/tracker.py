@@ -172,8 +172,7 @@ class Tracker:
             if observer is not None:
                 observer.skip(self, args, kwargs)
             return within_custom(self, func, args, kwargs, out)
-        if self.complex_parameters:
-            args, kwargs = in_real_numbers(self, args, kwargs)
+        args, kwargs = in_real_numbers(self, args, kwargs)
         if operation.is_composite:
             return operation.run(self, func, args, kwargs)
         return self.run_one(operation, func, args, kwargs)
@@ -187,12 +186,9 @@ class Tracker:
                 return self.observer.observe(self, func, args, kwargs)
             if self.compares or (self.learned is not None and func.__name__ in self.learned.by_order):
                 self._count(func, args, kwargs)
-            if operation is not GENERAL:
-                return operation.run(self, func, args, kwargs)
-            try:
-                return self.general(func, args, kwargs)
-            except unlearned.UnlearnedError as error:
-                return unlearned.refused_in_backward(self, func, args, kwargs, error)
+            if operation is GENERAL:
+                return unlearned.general(self, func, args, kwargs)
+            return operation.run(self, func, args, kwargs)
 
     def _count(self, func: Any, args: Any, kwargs: Any) -> None:
         """Count an operation among those of its kind on each of its parameters, as the observer did."""

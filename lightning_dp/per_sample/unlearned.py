@@ -38,19 +38,22 @@ class _Refusing(torch.autograd.Function):
         raise ctx.error
 
 
-def refused_in_backward(tracker: Tracker, func: Any, args: Any, kwargs: Any, error: UnlearnedError) -> Any:
-    """Return the result of an operation that no learned layout explains; it raises the error in the backward.
+def general(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an operation that has no rule. If no learned layout explains it, its result raises an error in the backward.
 
     Raises:
-        UnlearnedError: at once, if the operation changes a tensor in place, or has another result than one tensor.
+        UnlearnedError: such an operation changes a tensor in place, or has another result than one tensor.
     """
-    tensors, name = tensors_in(args, kwargs), func.__name__
-    if "out" in kwargs or name.endswith("_") or name.startswith("__i"):
-        raise error
-    with torch.no_grad():
-        out = func(*args, **kwargs)
-    if not isinstance(out, Tensor) or isinstance(out, Reporting) or any(out is tensor for tensor in tensors):
-        raise error
-    if not (out.is_floating_point() or out.is_complex()):
-        return out
-    return _Refusing.apply(out, tracker.recorder.tap_source(out.device), error)  # type: ignore[no-untyped-call]
+    try:
+        return tracker.general(func, args, kwargs)
+    except UnlearnedError as error:
+        tensors, name = tensors_in(args, kwargs), func.__name__
+        if "out" in kwargs or name.endswith("_") or name.startswith("__i"):
+            raise
+        with torch.no_grad():
+            out = func(*args, **kwargs)
+        if not isinstance(out, Tensor) or isinstance(out, Reporting) or any(out is tensor for tensor in tensors):
+            raise
+        if not (out.is_floating_point() or out.is_complex()):
+            return out
+        return _Refusing.apply(out, tracker.recorder.tap_source(out.device), error)  # type: ignore[no-untyped-call]

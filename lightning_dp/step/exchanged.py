@@ -47,6 +47,10 @@ class Exchanged(NamedTuple):
                 found.add((*(each for each in path if type(each) is str), bool(axes or differs.double().mean() > 0.5)))
         return found
 
+    def but(self, **values: Any) -> Exchanged:
+        """Return the same with other values of some fields."""
+        return self._replace(**values)
+
     def collated(self) -> tuple[Collated, Collated]:
         """Return both batches as records that a trial can run."""
         rows = self.rows or (None, None)

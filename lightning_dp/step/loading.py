@@ -124,11 +124,11 @@ class LoadingWatch:
         if found.spread() and not self._keeps_order:  # the user's function may sort the records
             order = RowOrder(again, is_followed=True)
             one, other = order.rows_of(records), order.rows_of(swapped)
-            found = found if one is None or other is None else found._replace(rows=(one, other))
+            found = found if one is None or other is None else found.but(rows=(one, other))
         if not found.spread():
             return found if self._always else None
         # a call that draws from the system changes by itself
-        repeated = found._replace(other=again(records), rows=found.rows and (found.rows[0], found.rows[0]))
+        repeated = found.but(other=again(records), rows=found.rows and (found.rows[0], found.rows[0]))
         return None if repeated.spread() else found
 
 

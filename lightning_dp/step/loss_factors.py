@@ -27,7 +27,7 @@ MOST_AT_ONCE = 16
 """Checks of new factors at once; later ones once in 100 steps, because public counts may choose among many."""
 
 NEAR = 6
-"""Operations on rows of which the weights of rows are read, nearest to the loss first."""
+"""Operations at which the weights of rows are read, nearest to the loss first."""
 
 _LOSS = "Loss"
 """Part of the names of reductions that weigh rows in their own way, so that user code does not."""
@@ -36,7 +36,7 @@ _MOST_ROWS = 2**14
 """Entries of a tensor up to which its weights are read."""
 
 _QUIET = 2
-"""Losses with the weights of the one before after which others are new."""
+"""Losses in a row whose weights are those of the loss before; other weights are new then."""
 
 _RESTLESS = 8
 """Changes, of which none was new, after which weights are not read any more."""
@@ -94,7 +94,7 @@ class LossFactors:
         for node, divisor in found:
             node.register_prehook(functools.partial(self._note, type(node).__name__, divisor, count))
         sums = [node for node, _ in found if _LOSS not in type(node).__name__]
-        for place, node in _before(sums) if sums else ():
+        for place, node in _before(sums):
             if not (place in self._weights and self._weights[place].are_restless):
                 node.register_prehook(functools.partial(self._note_rows, place, count))
 

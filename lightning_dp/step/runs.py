@@ -145,7 +145,7 @@ class TrialRuns:
                     seed_generators(0)
                     moved[number] = self.host.training.move(batch)
                     snapshot.put_back()
-        is_new = self.loss_form.see_spread(found._replace(real=moved[0], other=moved[1]).spread())
+        is_new = self.loss_form.see_spread(found.but(real=moved[0], other=moved[1]).spread())
         self.exchanged = found if is_new and alone else self.exchanged
 
     def again(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 import types
 from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Set
 from typing import Any, NamedTuple
@@ -169,10 +168,10 @@ class _Keys(dict[str, str]):
 def _view(places: Iterable[_Place]) -> Variables:
     """Return a view of some attributes of several objects."""
     entries: dict[str, tuple[dict[str, Any], str]] = {}
-    keyed = [(held, names, _Keys(label, held, entries), only_new) for label, held, names, only_new in places]
-    always, rest = [each for each in keyed if not each[-1]], [each for each in keyed if each[-1]]
-    held_by_rest = [held for held, *_ in rest]
-    sizes = [*map(len, held_by_rest)]
+    keyed = [
+        (held, len(held) if only_new else -1, names, _Keys(label, held, entries))
+        for label, held, names, only_new in places
+    ]
 
     def read(key: str) -> Any:
         held, name = entries[key]
@@ -187,8 +186,11 @@ def _view(places: Iterable[_Place]) -> Variables:
         del held[name]
 
     def copy() -> dict[str, Any]:
-        sizes_now = [*map(len, held_by_rest)]
-        changed = () if sizes_now == sizes else itertools.compress(rest, map(operator.ne, sizes_now, sizes))
-        return {keys[name]: held[name] for held, names, keys, _ in (*always, *changed) for name in names & held.keys()}
+        return {
+            keys[name]: held[name]
+            for held, size, names, keys in keyed
+            if len(held) != size
+            for name in names & held.keys()
+        }
 
     return Variables(copy, read, write, delete, copy)
