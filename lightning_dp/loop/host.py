@@ -21,7 +21,7 @@ from lightning_dp.step.held_functions import attributes_of, functions_in
 from lightning_dp.step.host import Host
 from lightning_dp.step.object_kinds import WAYS, own_classes
 from lightning_dp.step.surroundings import Surroundings
-from lightning_dp.step.variables import UserVariables
+from lightning_dp.step.user_variables import UserVariables
 
 LossFunction = Callable[[Any, Any], Any]
 """(model, batch) -> loss of shape () or (B,), or a mapping with "loss"; or a criterion."""

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_dp.step.object_kinds import entries_of, kind_of, own_classes, state_of_class
 from lightning_dp.step.process_settings import process_settings
 from lightning_dp.step.refilling import plain_of
-from lightning_dp.step.variables import UserVariables, Variables, is_small
+from lightning_dp.step.user_variables import UserVariables, is_small
+from lightning_dp.step.variables import Variables
 
 _FOLLOWED = (Optimizer, Dataset, DataLoader, Sampler, types.FunctionType)
 _PACKAGES = ("lightning", "pytorch_lightning")

@@ -18,7 +18,7 @@ from lightning_dp.step import checks
 from lightning_dp.step.host import Host
 from lightning_dp.step.refilling import plain_of
 from lightning_dp.step.surroundings import Surroundings
-from lightning_dp.step.variables import UserVariables
+from lightning_dp.step.user_variables import UserVariables
 from lightning_dp.strategies import _lightning, _progress
 from lightning_dp.strategies.counts import Counts
 from lightning_dp.strategies.hooks import UserHooks, has_transfer, outputs_of

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 
 from lightning_dp.step.surroundings import Surroundings
-from lightning_dp.step.variables import UserVariables
+from lightning_dp.step.user_variables import UserVariables
 
 
 class Joining(UserList[Any]):
