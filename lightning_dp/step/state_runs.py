@@ -12,6 +12,7 @@ from lightning_dp.per_sample.frozen_randomness import UnfrozenDrawError
 from lightning_dp.step import state_check
 from lightning_dp.step.given_records import Reread
 from lightning_dp.step.runs import TrialRuns
+from lightning_dp.step.saved_state import changes_in, saved_state
 from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.state_check import LATER
 
@@ -65,7 +66,7 @@ def _check(
         found: list[state_check.After] = []
         trained = [p for accumulator in step.accumulators.values() for p in accumulator.parameters.values()]
         values = [parameter.detach().clone() for parameter in trained]
-        before = state_check.changes_in(step.module, host.others())
+        before = changes_in(step.module, host.others())
         try:
             for number, batch in enumerate(batches):
                 look = None if is_noted else runs.look()
@@ -75,7 +76,7 @@ def _check(
                 is_noted = True
                 if ends and number == 0:
                     host.end_epoch()
-                state = state_check.saved_state(step.module, host.others(), before, whole=number == 0)
+                state = saved_state(step.module, host.others(), before, whole=number == 0)
                 state |= {f"the seed of {name}": seed for name, seed in probe.seeds.items()}
                 state |= {"the answer of on_train_batch_start": host.skips, "trainer.should_stop": host.stops}
                 state |= host.saved() if number < 2 else {}

@@ -17,8 +17,8 @@ from lightning_dp.step.object_kinds import own_classes
 from lightning_dp.step.optimizer_states import OptimizerStates
 from lightning_dp.step.randomness import seeds
 from lightning_dp.step.refilling import plain_of, refill_mapping, replace_plain, reset_attributes, same_content
+from lightning_dp.step.saved_state import Numbers, changed, held_numbers, put_numbers, scheduled_rates
 from lightning_dp.step.snapshot import NOT_PLAIN
-from lightning_dp.step.state_check import Numbers, changed, held_numbers, put_numbers, scheduled_rates
 from lightning_dp.step.variables import Variables
 from lightning_dp.system.torch_private import NUM_REGISTRIES, Layers, changes_of
 

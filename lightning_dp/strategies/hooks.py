@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step.close_looks import CloseLook, Eye
 from lightning_dp.step.local import address_of
-from lightning_dp.step.state_check import leaves_of
+from lightning_dp.step.saved_state import leaves_of
 from lightning_dp.strategies import _lightning, _progress
 from lightning_dp.strategies.outcomes import ends_of
 from lightning_dp.strategies.overrides import Overrides

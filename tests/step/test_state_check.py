@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.step.state_check import ROUNDING, changed, changes_in, check_state, saved_state
+from lightning_dp.step.saved_state import ROUNDING, changed, changes_in, saved_state
+from lightning_dp.step.state_check import check_state
 
 RECORDS = ["a", "b", "c"]
 
