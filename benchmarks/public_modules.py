@@ -69,7 +69,7 @@ def clock(package: str) -> tuple[Any, list[float], list[Any]]:
 def differences() -> Iterator[list[float]]:
     """Keep the difference of each comparison of a batch with its samples run alone that the library makes."""
     from lightning_dp.per_sample import independence
-    from lightning_dp.step import couplings
+    from lightning_dp.trials import couplings
 
     original, found = couplings.compare_with_singles, []
 

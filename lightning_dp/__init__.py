@@ -96,7 +96,8 @@ if TYPE_CHECKING:
 else:
     _SUBMODULES = (
         "accounting", "auditing", "callbacks", "clipping", "datalens", "fabric", "hf", "loop", "masks", "metrics",
-        "noise", "per_sample", "reporting", "sampling", "schedules", "step", "strategies", "system",
+        "noise", "per_sample", "reporting", "sampling", "sandbox", "schedules", "step", "strategies", "system",
+        "trials",
     )  # fmt: skip
     _NAMES_BY_SOURCE = {
         "accounting": "Ledger PrivacyEvent",

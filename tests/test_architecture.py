@@ -116,8 +116,8 @@ def test_each_part_loads_what_it_needs() -> None:
     """
     modules = [".".join(("lightning_dp", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in CORE]
     wanted = {name.removesuffix(".__init__") for name in modules}
-    folders = "accounting auditing clipping datalens loop masks noise per_sample reporting sampling step system"
-    assert {f"lightning_dp.{name}" for name in folders.split()} <= wanted
+    folders = [*ABOVE, "datalens", "loop", "reporting"]
+    assert {f"lightning_dp.{name}" for name in folders} <= wanted
     package, core = loaded(
         "import lightning_dp",
         # a subpackage and a public name, each as an attribute of the package
@@ -138,10 +138,22 @@ def test_a_loop_that_trains_loads_no_lightning() -> None:
 PILLARS = ["accounting", "auditing", "clipping", "masks", "noise", "per_sample", "sampling"]
 
 
-@pytest.mark.parametrize("pillar", PILLARS)
-def test_pillars_do_not_know_the_step(pillar: str) -> None:
-    names = set().union(*(imported(path) for path in (PACKAGE / pillar).rglob("*.py")))
-    assert not {name for name in names if name.startswith(("lightning_dp.step", "lightning_dp.loop"))}
+#: Layers that a folder of the core must not know: those above it.
+ABOVE = {
+    **dict.fromkeys([*PILLARS, "system"], ("sandbox", "step", "trials", "loop")),
+    "sandbox": ("step", "trials", "loop"),
+    "step": ("trials", "loop"),
+    "trials": ("loop",),
+}
+
+
+@pytest.mark.parametrize("folder", ABOVE)
+def test_folders_do_not_know_the_layers_above(folder: str) -> None:
+    """Also not for a type alone."""
+    paths = list((PACKAGE / folder).rglob("*.py"))
+    names = {name.split(".")[1] for path in paths for name in imported(path) if name.startswith("lightning_dp.")}
+    assert "per_sample" in names or folder not in ("sandbox", "step", "trials")
+    assert not names & {*ABOVE[folder]}
 
 
 @pytest.mark.parametrize("package", [lightning_dp, datalens], ids=lambda package: package.__name__)

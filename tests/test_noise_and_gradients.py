@@ -34,9 +34,9 @@ WRITES_GRADIENTS = {
     "per_sample/parts.py": "fills parts of its own tensors in: per-sample gradients, not p.grad",
     "per_sample/single.py": "puts back what was there before a pass of its own",
     "step/accumulator.py": "writes the noised sum: the release",
-    "step/probe.py": "gives rehearsed steps on trial a made-up gradient, and takes raw ones away",
+    "trials/probe.py": "gives rehearsed steps on trial a made-up gradient, and takes raw ones away",
     "step/reduction.py": "averages public gradients over the ranks",
-    "step/sandbox.py": "puts back what was there before user code ran on trial",
+    "sandbox/sandbox.py": "puts back what was there before user code ran on trial",
 }
 
 DRAWING_ANYWHERE = {"normal_", "log_normal_", "normal", "standard_normal", "multivariate_normal", "gauss", "randn"}

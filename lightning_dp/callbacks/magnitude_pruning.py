@@ -17,7 +17,7 @@ from lightning_dp.callbacks._strategy import private_strategy
 from lightning_dp.masks import MagnitudeMask, magnitude_masks, prunable_names, public_weights
 from lightning_dp.masks.magnitude import NOT_PUBLIC
 from lightning_dp.masks.random import check_seed
-from lightning_dp.step.local import local_part, own_rows, whole_of
+from lightning_dp.system.local import local_part, own_rows, whole_of
 
 
 class MagnitudePruning(Callback):

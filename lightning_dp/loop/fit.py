@@ -15,15 +15,15 @@ from lightning_dp.loop.guard import ReleaseGuard
 from lightning_dp.loop.host import LoopHost, LossFunction
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import PrivateDataLoader
+from lightning_dp.sandbox.sandbox import Sandbox
 from lightning_dp.step import checks
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.module_checks import LayerChecks
 from lightning_dp.step.reduction import Reduction
-from lightning_dp.step.sandbox import Sandbox
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.step.step import PrivateStep
-from lightning_dp.step.trial import Trial
+from lightning_dp.trials.trial import Trial
 
 
 class LoopFit:

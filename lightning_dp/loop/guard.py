@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.step.sandbox import StepGuard
+from lightning_dp.sandbox.sandbox import StepGuard
 
 ADVICE = "Let the private run make the gradient first: step(batch), or backward(...) followed by the optimizer's step."
 

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import override
 
 from lightning_dp.sampling import PrivateDataLoader
+from lightning_dp.sandbox.held_functions import attributes_of, functions_in
+from lightning_dp.sandbox.object_kinds import WAYS, own_classes
+from lightning_dp.sandbox.surroundings import Surroundings
+from lightning_dp.sandbox.user_variables import UserVariables
 from lightning_dp.step import checks
-from lightning_dp.step.held_functions import attributes_of, functions_in
-from lightning_dp.step.host import Host
-from lightning_dp.step.object_kinds import WAYS, own_classes
-from lightning_dp.step.surroundings import Surroundings
-from lightning_dp.step.user_variables import UserVariables
+from lightning_dp.trials.host import Host
 
 LossFunction = Callable[[Any, Any], Any]
 """(model, batch) -> loss of shape () or (B,), or a mapping with "loss"; or a criterion."""

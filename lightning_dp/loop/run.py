@@ -22,19 +22,19 @@ from lightning_dp.loop.fit import LoopFit
 from lightning_dp.loop.guard import ReleaseGuard
 from lightning_dp.loop.host import LossFunction, move_to
 from lightning_dp.sampling import private_dataloader
+from lightning_dp.sandbox.randomness import kept_generators
 from lightning_dp.step import module_checks
 from lightning_dp.step.arguments import PrivateArguments, check_length, make_settings, planned_length
 from lightning_dp.step.correlation import begin_order
 from lightning_dp.step.history import History
-from lightning_dp.step.loading import LoadingWatch
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.planning import build_plan
-from lightning_dp.step.randomness import kept_generators
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.system import ProcessTuning
+from lightning_dp.trials.loading import LoadingWatch
 
 #: Models of the runs that are open.
 _open: weakref.WeakKeyDictionary[nn.Module, weakref.ref[PrivateLoop]] = weakref.WeakKeyDictionary()

@@ -1,1 +1,1 @@
-"""One private step: settings, plan, accumulator, release. Nothing here imports lightning."""
+"""One private step: settings, plan, accumulator, release. It knows no trials, and nothing here imports lightning."""

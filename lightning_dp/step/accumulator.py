@@ -12,7 +12,7 @@ from lightning_dp.masks import ParameterMask
 from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise
 from lightning_dp.per_sample._torch import real_view
 from lightning_dp.per_sample.targets import Places, Targets, places_of
-from lightning_dp.step.local import as_gradient, local_part
+from lightning_dp.system.local import as_gradient, local_part
 
 
 class Accumulator:

@@ -14,7 +14,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.nodes import is_tracked
 from lightning_dp.sampling import PrivateDataLoader
-from lightning_dp.step.sandbox import USE_OPTIMIZERS
+from lightning_dp.sandbox.sandbox import USE_OPTIMIZERS
 
 STOP_ITERATION = (
     "training_step raised StopIteration; Lightning would take this for the end of the data. Catch it inside "

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_dp import _messages
 from lightning_dp.accounting import Ledger
 from lightning_dp.errors import PrivacyError
+from lightning_dp.sandbox.snapshot import few_values
 from lightning_dp.step import checkpoint as saved
-from lightning_dp.step.local import is_sharded, local_part
-from lightning_dp.step.snapshot import few_values
+from lightning_dp.system.local import is_sharded, local_part
 
 History = Ledger | str | os.PathLike[str] | Sequence[Any] | None
 """Type of the argument ``history``."""

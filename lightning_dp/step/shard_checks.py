@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from lightning_dp.step import units
-from lightning_dp.step.local import is_sharded
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.settings import Settings
+from lightning_dp.system.local import is_sharded
 
 
 def check_sharded(

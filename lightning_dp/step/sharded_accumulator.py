@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_dp.clipping import Clipping
 from lightning_dp.masks import ParameterMask
 from lightning_dp.step.accumulator import Accumulator
-from lightning_dp.step.local import is_sharded, own_rows
+from lightning_dp.system.local import is_sharded, own_rows
 
 
 class ShardedAccumulator(Accumulator):

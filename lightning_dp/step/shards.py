@@ -15,9 +15,9 @@ from lightning_dp.clipping import Clipping
 from lightning_dp.masks import ParameterMask
 from lightning_dp.step import units
 from lightning_dp.step.accumulator import Accumulator
-from lightning_dp.step.local import is_sharded, local_part, own_rows
 from lightning_dp.step.reduction import AllReduce, communicating, squared_length
 from lightning_dp.step.sharded_accumulator import ShardedAccumulator
+from lightning_dp.system.local import is_sharded, local_part, own_rows
 
 
 class Shards(AllReduce):

@@ -22,6 +22,7 @@ from lightning_dp.clipping.bounds import Bound
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.per_sample import GradientEngine, SingleSampleEngine, make_engine
 from lightning_dp.per_sample._torch import unfollowed
+from lightning_dp.sandbox.randomness import RandomStreams
 from lightning_dp.step import checks
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.clipper import Clipper
@@ -32,7 +33,6 @@ from lightning_dp.step.microbatch import Microbatch, end_all
 from lightning_dp.step.noising import ReleaseNoise
 from lightning_dp.step.observers import learn
 from lightning_dp.step.parameters import PrivateParameters
-from lightning_dp.step.randomness import RandomStreams
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.release import Release
 from lightning_dp.step.settings import Settings

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from lightning_dp.step.local import is_sharded
+from lightning_dp.system.local import is_sharded
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lightning_dp.step.refilling import plain_of, replace_plain
+from lightning_dp.sandbox.refilling import plain_of, replace_plain
 from lightning_dp.strategies import _progress
 
 if TYPE_CHECKING:

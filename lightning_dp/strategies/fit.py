@@ -11,18 +11,18 @@ from torch import Tensor
 
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.sampling import LogicalBatch
+from lightning_dp.sandbox.randomness import generators_restorer
+from lightning_dp.sandbox.sandbox import Sandbox, StepGuard
 from lightning_dp.step import checks
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.module_checks import LayerChecks
-from lightning_dp.step.randomness import generators_restorer
-from lightning_dp.step.sandbox import Sandbox, StepGuard
 from lightning_dp.step.step import PrivateStep
-from lightning_dp.step.trial import Trial
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.counts import Counts
 from lightning_dp.strategies.host import LightningHost
 from lightning_dp.strategies.logs import TrainingLogs
 from lightning_dp.strategies.patches import Patches
+from lightning_dp.trials.trial import Trial
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.step.close_looks import CloseLook, Eye
-from lightning_dp.step.local import address_of
-from lightning_dp.step.saved_state import leaves_of
+from lightning_dp.sandbox.close_looks import CloseLook, Eye
+from lightning_dp.sandbox.saved_state import leaves_of
 from lightning_dp.strategies import _lightning, _progress
 from lightning_dp.strategies.outcomes import ends_of
 from lightning_dp.strategies.overrides import Overrides
+from lightning_dp.system.local import address_of
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from lightning_dp.sandbox.refilling import plain_of
+from lightning_dp.sandbox.surroundings import Surroundings
+from lightning_dp.sandbox.user_variables import UserVariables
 from lightning_dp.step import checks
-from lightning_dp.step.host import Host
-from lightning_dp.step.refilling import plain_of
-from lightning_dp.step.surroundings import Surroundings
-from lightning_dp.step.user_variables import UserVariables
 from lightning_dp.strategies import _lightning, _progress
 from lightning_dp.strategies.counts import Counts
 from lightning_dp.strategies.hooks import UserHooks, has_transfer, outputs_of
 from lightning_dp.strategies.outcomes import forget_figures, kept_outcomes
 from lightning_dp.strategies.silence import silent, silent_loggers
+from lightning_dp.trials.host import Host
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy

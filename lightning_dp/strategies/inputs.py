@@ -16,10 +16,10 @@ from lightning_dp import _messages
 from lightning_dp.fix import fix
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, one_loader, private_dataloader
 from lightning_dp.step import checks, correlation
-from lightning_dp.step.loading import LoadingWatch
 from lightning_dp.strategies import _lightning, trainer_checks
 from lightning_dp.strategies.facts import RunFacts
 from lightning_dp.strategies.hooks import has_transfer
+from lightning_dp.trials.loading import LoadingWatch
 
 
 class TrainingInputs(RunFacts, Strategy):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_dp.sandbox.sandbox import Sandbox, StepGuard
+from lightning_dp.sandbox.snapshot import Snapshot
 from lightning_dp.step import module_checks
-from lightning_dp.step.records import TrainingRecords
-from lightning_dp.step.sandbox import Sandbox, StepGuard
-from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.system.torch_private import is_lazy_layer
+from lightning_dp.trials.records import TrainingRecords
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy

@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.sampling import LogicalBatch
+from lightning_dp.sandbox.writes import When
 from lightning_dp.step.released import Gradients
 from lightning_dp.step.step import PrivateStep
-from lightning_dp.step.trial import Trial
-from lightning_dp.step.writes import When
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.counts import Counts
 from lightning_dp.strategies.overrides import Overrides
+from lightning_dp.trials.trial import Trial
 
 if TYPE_CHECKING:
     from lightning_dp.strategies.base import PrivateStrategy

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dp.step.readings import note_extremes
+from lightning_dp.sandbox.readings import note_extremes
 from lightning_dp.step.reduction import AllReduce
 from lightning_dp.strategies.facts import RunFacts
 

@@ -20,21 +20,21 @@ from lightning_dp.per_sample.engine import PerSampleEngine
 from lightning_dp.sampling import LogicalBatch, indices
 from lightning_dp.sampling.batches import MicrobatchCollate
 from lightning_dp.sampling.indices import CyclicBatchSampler
-from lightning_dp.step import couplings, in_batches, real_losses, state_runs
+from lightning_dp.sandbox.randomness import RandomStreams
+from lightning_dp.sandbox.sandbox import StepGuard
+from lightning_dp.sandbox.snapshot import Snapshot
 from lightning_dp.step.accumulator import Accumulator
-from lightning_dp.step.couplings import Couplings
-from lightning_dp.step.draws import Draws
 from lightning_dp.step.microbatch import Microbatch
-from lightning_dp.step.randomness import RandomStreams
-from lightning_dp.step.records import TrainingRecords
-from lightning_dp.step.runs import TrialRuns
-from lightning_dp.step.sandbox import StepGuard
-from lightning_dp.step.snapshot import Snapshot
 from lightning_dp.step.state import PrivacyState
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.strategies.fit import PrivateFit
 from lightning_dp.strategies.hooks import UserHooks
 from lightning_dp.strategies.outcomes import TrialFigures
+from lightning_dp.trials import couplings, in_batches, real_losses, state_runs
+from lightning_dp.trials.couplings import Couplings
+from lightning_dp.trials.draws import Draws
+from lightning_dp.trials.records import TrainingRecords
+from lightning_dp.trials.runs import TrialRuns
 
 
 def scaled_noise(factor: float) -> Callable[[pytest.MonkeyPatch], None]:

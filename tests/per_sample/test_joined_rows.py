@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.step.joined import joined_lengths, stacked_shapes, unequal_sums
+from lightning_dp.trials.joined import joined_lengths, stacked_shapes, unequal_sums
 from tests.cases import each
 from tests.per_sample.test_owned_training import Training, fit
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError
-from lightning_dp.step.branches import Branches
+from lightning_dp.trials.branches import Branches
 from tests.helpers import Classifier, make_loader, make_trainer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_dp import PrivacyError
 from lightning_dp.loop import make_private
-from lightning_dp.step.held_functions import functions_in
+from lightning_dp.sandbox.held_functions import functions_in
 from tests.strategies.test_latched_state import RARE, REFUSED, STEPS, Module, loader, steps_of_fit
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError
-from lightning_dp.step.trial import Trial
+from lightning_dp.trials.trial import Trial
 from tests.helpers import make_trainer
 
 BEGINS, PLANNED = 14, 25

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError
-from lightning_dp.step.trial import NUM_TRIED, Trial
+from lightning_dp.trials.trial import NUM_TRIED, Trial
 from tests.helpers import Classifier, make_loader, make_trainer
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError
-from lightning_dp.step.decisions import Decisions
-from lightning_dp.step.sandbox import Sandbox
+from lightning_dp.sandbox.sandbox import Sandbox
+from lightning_dp.trials.decisions import Decisions
 from tests.helpers import Recorder, make_dataset, make_loader, make_trainer
 from tests.strategies.test_manual import Manual, TwoOptimizers
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.per_sample import register_rule
-from lightning_dp.step.trial import Trial
+from lightning_dp.trials.trial import Trial
 from tests.helpers import NUM_FEATURES, make_dataset, make_trainer
 from tests.strategies.test_latched_state import RARE
 from tests.strategies.test_rare_losses import REFUSED, UNREAD, Module, fit, skipped, train

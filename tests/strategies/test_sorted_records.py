@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequenc
 from torch.utils.data import DataLoader
 
 from lightning_dp import DPStrategy, PrivacyError
-from lightning_dp.step.loading import LoadingWatch
-from lightning_dp.step.row_order import RowOrder
+from lightning_dp.trials.loading import LoadingWatch
+from lightning_dp.trials.row_order import RowOrder
 from tests.cases import each
 from tests.helpers import make_trainer
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError
-from lightning_dp.step.trial import Trial
+from lightning_dp.trials.trial import Trial
 from tests.helpers import NUM_CLASSES, NUM_FEATURES, Classifier, Recorder, make_dataset, make_loader, make_trainer
 from tests.strategies.test_manual import Manual
 

@@ -237,7 +237,7 @@ def apart(m: Any, a: Tensor, b: Tensor) -> Tensor:
 def test_a_resumed_run_stays_one_at_a_time(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = fit(Model())
     first.save_checkpoint(tmp_path / "last.ckpt")
-    monkeypatch.setattr("lightning_dp.step.ways.OneByOne.choose", None)  # nothing is chosen a second time
+    monkeypatch.setattr("lightning_dp.trials.ways.OneByOne.choose", None)  # nothing is chosen a second time
     module = Model()
     resumed = fit(module, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
     assert resumed.strategy.ledger.num_steps == 6

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError
-from lightning_dp.step.ways import _public
+from lightning_dp.trials.ways import _public
 from tests.cases import each
 from tests.helpers import make_trainer
 from tests.strategies.test_ways import CLASSES, Model, Weighted, apart, data, fit, weights

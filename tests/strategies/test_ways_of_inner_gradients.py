@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DPStrategy, PrivacyError
-from lightning_dp.step.trial import NUM_SPREAD
+from lightning_dp.trials.trial import NUM_SPREAD
 from tests.helpers import make_trainer
 from tests.strategies.test_ways import CLASSES, FEATURES, NUM, Model, fit
 

@@ -1,0 +1,130 @@
+"""Values that user code reads from tensors, as they are noted."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dp import PrivacyError
+from lightning_dp.sandbox.readings import Readings, restore
+from lightning_dp.trials.firsts import MOST, MOST_AT_ONCE, Firsts
+from tests.helpers import make_dataset
+from tests.loops import mean_loss, start, train
+
+
+def values_of(read: Callable[[Tensor], Any], *values: float) -> int:
+    """Return how many different values one line reads."""
+    with Readings() as readings:
+        for value in values:
+            read(torch.tensor(value))
+    return len(readings.take())
+
+
+@pytest.mark.parametrize("read", [bool, int, float, lambda it: it.item(), lambda it: range(9)[it], lambda it: f"{it}"])
+def test_a_value_is_noted_however_it_is_read(read: Callable[[Tensor], Any]) -> None:
+    assert values_of(read, 0, 1) == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "num"),
+    [
+        ((0, 1, 2, -1), 4), ((100, 101, 110), 1), ((100, 200), 2), ((0.0, 1.0), 2), ((2.5, 3.5), 1), ((2.5, 300.5), 2),
+        ((torch.nan, torch.inf, -torch.inf), 3), ((1j, 2j), 1), ((1e30, 1e35), 2),
+    ],
+)  # fmt: skip
+def test_values_differ_by_their_size(values: Any, num: int) -> None:
+    assert values_of(lambda tensor: tensor.item(), *values) == num
+
+
+def test_lines_differ() -> None:
+    flag = torch.tensor(True)
+    with Readings() as readings:
+        bool(flag)
+        bool(flag)
+    assert len(readings.take()) == 2
+    assert not readings.take()
+
+
+def test_a_value_that_torch_reads_counts_for_its_caller() -> None:
+    with Readings() as readings:
+        f"{torch.tensor(1.0):.1f}"
+    ((line, value),) = readings.take()
+    assert line[0] == __file__
+    assert value == 1
+
+
+def test_other_threads_are_not_heard_and_all_is_undone() -> None:
+    restore()
+    names = {*vars(Tensor)}
+    with Readings() as outer, Readings():
+        thread = threading.Thread(target=lambda: bool(torch.tensor(1)))
+        thread.start()
+        thread.join()
+        bool(torch.tensor(1))
+    bool(torch.tensor(1))
+    assert not outer.take()
+    restore()
+    assert {*vars(Tensor)} == names
+
+
+def test_a_place_that_shows_many_values_is_let_go() -> None:
+    firsts, new, is_open = Firsts(), list[bool](), list[bool]()
+    for value in range(MOST + 2):
+        is_open.append(firsts.is_open("place"))
+        firsts.see([("place", value)])
+        new.append(firsts.is_new)
+        firsts.settle(value)
+    assert new == is_open == [True] * MOST + [False] * 2
+
+
+def test_checks_of_new_values_become_rare() -> None:
+    firsts = Firsts()
+    for step in range(MOST_AT_ONCE):
+        firsts.see([(step, 0)])
+        assert firsts.are_due(step)
+        firsts.settle(step)
+    firsts.see([(step + 1, 0)])
+    assert [firsts.are_due(step + later) for later in (1, 99, 100)] == [False, False, True]
+
+
+def test_each_microbatch_that_shows_something_new_is_checked() -> None:
+    """Records 158 and 77 come with the fifth batch, in different microbatches, and no check has read them before."""
+    features, labels = make_dataset(300, dtype=torch.float64).tensors
+    features[158, 0], features[77, 0] = 7.0, 9.0
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        if (inputs[:, 0] == 7.0).any():
+            inputs = inputs * 1.0
+        if (inputs[:, 0] == 9.0).any():
+            inputs = inputs - inputs.mean(0)
+        return mean_loss(model, [inputs, targets])
+
+    refuse_at_fifth(loss, TensorDataset(features, labels), microbatch_size=4)
+
+
+def test_scale_of_noise_that_one_record_sets_is_compared() -> None:
+    features, labels = make_dataset(300, dtype=torch.float64).tensors
+    features[77, 0] = 9.0
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        scale = 5.0 if (inputs[:, 0] == 9.0).any() else 1.0
+        return mean_loss(model, [inputs + torch.empty_like(inputs).uniform_(-scale, scale), targets])
+
+    refuse_at_fifth(loss, TensorDataset(features, labels))
+
+
+def refuse_at_fifth(loss: Any, dataset: TensorDataset, **options: Any) -> None:
+    loader = DataLoader(dataset, batch_size=8)
+    with start(loader=loader, loss_fn=loss, steps=6, seed=3, **options) as private:
+        train(private, 4)
+        with pytest.raises(PrivacyError, match="when run alone"):
+            train(private, 6)
+        assert private.steps_taken == 4
