@@ -30,7 +30,7 @@ DRAWS_NOISE = {
 }
 
 WRITES_GRADIENTS = {
-    "per_sample/learning.py": "puts back what was there before a pass of its own",
+    "per_sample/tracking/learning.py": "puts back what was there before a pass of its own",
     "per_sample/parts.py": "fills parts of its own tensors in: per-sample gradients, not p.grad",
     "per_sample/single.py": "puts back what was there before a pass of its own",
     "step/accumulator.py": "writes the noised sum: the release",

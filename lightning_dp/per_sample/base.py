@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample.following import Follower
+from lightning_dp.per_sample.owners.following import Follower
 from lightning_dp.per_sample.precision import exact_arithmetic
 
 

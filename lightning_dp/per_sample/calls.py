@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dp.per_sample.owned import OwnedAxis, arrangement, laid_out
+from lightning_dp.per_sample.owners.owned import OwnedAxis, arrangement, laid_out
 from lightning_dp.per_sample.rules.base import Call
-from lightning_dp.per_sample.uses import Recorder, Use
+from lightning_dp.per_sample.tracking.uses import Recorder, Use
 
 
 def call_of(recorder: Recorder, use: Use, backprop: Tensor) -> Call:

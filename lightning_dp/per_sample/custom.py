@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.per_sample import operations
-from lightning_dp.per_sample.registered import Gradients, Registered, report_apply, run_registered
-from lightning_dp.per_sample.tracker import Tracker
+from lightning_dp.per_sample.tracking import operations
+from lightning_dp.per_sample.tracking.registered import Gradients, Registered, report_apply, run_registered
+from lightning_dp.per_sample.tracking.tracker import Tracker
 
 _RULES: dict[Any, Registered] = {}
 """The rules that are registered now, by operation."""

@@ -17,14 +17,14 @@ from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample._torch import unfollowed
 from lightning_dp.per_sample.base import GradientEngine
 from lightning_dp.per_sample.combining import zero_gradient
-from lightning_dp.per_sample.following import Follower
 from lightning_dp.per_sample.joining import Joining
 from lightning_dp.per_sample.layout import WAY_OUT
-from lightning_dp.per_sample.learning import Rows
+from lightning_dp.per_sample.owners.following import Follower
 from lightning_dp.per_sample.parts import Parts
-from lightning_dp.per_sample.tracker import Tracker
-from lightning_dp.per_sample.untracked import cause_of, hidden_use
-from lightning_dp.per_sample.uses import Recorder
+from lightning_dp.per_sample.tracking.learning import Rows
+from lightning_dp.per_sample.tracking.tracker import Tracker
+from lightning_dp.per_sample.tracking.untracked import cause_of, hidden_use
+from lightning_dp.per_sample.tracking.uses import Recorder
 from lightning_dp.per_sample.workspace import SHARE, Workspace
 from lightning_dp.system.torch_private import Layers
 

@@ -17,12 +17,12 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample._torch import real_view
 from lightning_dp.per_sample.combining import add_combined, is_joined, norm_of
-from lightning_dp.per_sample.nodes import Node, Region, view_of
 from lightning_dp.per_sample.pulling import pulled_back
 from lightning_dp.per_sample.rules.base import squared_norm
 from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.stacking import Gradient, Joined, Part, Views, stacks_of
-from lightning_dp.per_sample.tracker import Tracker
+from lightning_dp.per_sample.tracking.nodes import Node, Region, view_of
+from lightning_dp.per_sample.tracking.tracker import Tracker
 
 _MOST_KNOWN = 64
 """Kinds of steps whose parts are remembered."""

@@ -16,11 +16,11 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_dp._messages import without_warnings
 from lightning_dp.per_sample._torch import unreported
-from lightning_dp.per_sample.nodes import Node
 from lightning_dp.per_sample.rules.base import widen
+from lightning_dp.per_sample.tracking.nodes import Node
 
 if TYPE_CHECKING:
-    from lightning_dp.per_sample.tracker import Tracker
+    from lightning_dp.per_sample.tracking.tracker import Tracker
 
 MOST_AT_ONCE = 2**24
 """Numbers that a pull-back holds at once."""

@@ -18,11 +18,11 @@ from lightning_dp.masks.parameter_mask import ParameterMask
 from lightning_dp.per_sample._torch import keeps_graph
 from lightning_dp.per_sample.calls import call_of, calls_of, without
 from lightning_dp.per_sample.combining import add_combined, is_joined, norm_of
-from lightning_dp.per_sample.nodes import Node
-from lightning_dp.per_sample.owned import OwnedAxis
+from lightning_dp.per_sample.owners.owned import OwnedAxis
 from lightning_dp.per_sample.precision import exact_arithmetic
 from lightning_dp.per_sample.rules.base import Call, Rule, accumulation_dtype, squared_norm
-from lightning_dp.per_sample.uses import FEW, Recorder, Use
+from lightning_dp.per_sample.tracking.nodes import Node
+from lightning_dp.per_sample.tracking.uses import FEW, Recorder, Use
 from lightning_dp.per_sample.workspace import Workspace
 
 Grads = dict[Hashable, Tensor]

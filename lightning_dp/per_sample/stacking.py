@@ -18,11 +18,11 @@ from torch import Tensor
 
 from lightning_dp.per_sample._torch import add_scaled
 from lightning_dp.per_sample.combining import combine
-from lightning_dp.per_sample.nodes import Region, view_of
 from lightning_dp.per_sample.rules.base import Call
 from lightning_dp.per_sample.sources import Source
 from lightning_dp.per_sample.targets import Targets
-from lightning_dp.per_sample.uses import FEW
+from lightning_dp.per_sample.tracking.nodes import Region, view_of
+from lightning_dp.per_sample.tracking.uses import FEW
 
 MOST_STACKED = 2**20
 """Numbers of all gradients that are computed in stacks: they are kept from the norms to the sums."""

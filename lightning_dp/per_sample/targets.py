@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dp.per_sample.nodes import Region
+from lightning_dp.per_sample.tracking.nodes import Region
 
 Places = dict[str, tuple[int, torch.Size]]
 """Position of the first number and shape of each view, by name."""

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.nodes import is_tracked
+from lightning_dp.per_sample.tracking.nodes import is_tracked
 from lightning_dp.sampling import PrivateDataLoader
 from lightning_dp.sandbox.sandbox import USE_OPTIMIZERS
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.per_sample._torch import num_operations
-from lightning_dp.per_sample.own_losses import OwnLosses
+from lightning_dp.per_sample.owners.own_losses import OwnLosses
 from lightning_dp.sandbox.readings import Readings, restore
 from lightning_dp.system.torch_private import num_hooks
 

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_dp.per_sample.batch_reading import shapes_in
+from lightning_dp.per_sample.owners.batch_reading import shapes_in
 from lightning_dp.trials.reading import is_same
 
 

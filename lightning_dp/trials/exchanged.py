@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample.batch_reading import walk
+from lightning_dp.per_sample.owners.batch_reading import walk
 from lightning_dp.sandbox.kept_tensors import same_values
 from lightning_dp.trials.given_records import Collated
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_dp.per_sample.batch_reading import DEEPEST, SINGLE, shapes_in, walk
+from lightning_dp.per_sample.owners.batch_reading import DEEPEST, SINGLE, shapes_in, walk
 
 
 class _Attributes:

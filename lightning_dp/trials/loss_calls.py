@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY
+from lightning_dp.per_sample.owners.traits import SHOWS_NO_ENTRY
 
 _NAMES_SIZES = {"view", "reshape", "expand", "repeat", "zeros", "ones", "full", "empty", "arange", "rand", "randn"}
 """Functions whose whole numbers are sizes, which may follow those of the batch."""

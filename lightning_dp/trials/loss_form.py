@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_dp.per_sample.telling import telling
+from lightning_dp.per_sample.owners.telling import telling
 from lightning_dp.sandbox.writes import When
 from lightning_dp.trials.firsts import Shown
 from lightning_dp.trials.loss_calls import Calls

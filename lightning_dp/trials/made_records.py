@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dp.per_sample._torch import dense_parts_of
-from lightning_dp.per_sample.batch_reading import read
+from lightning_dp.per_sample.owners.batch_reading import read
 
 _MOST_PARTS = 8
 """Parts of a record that are made incomplete one by one."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import num_operations
-from lightning_dp.per_sample.batch_reading import shapes_in
+from lightning_dp.per_sample.owners.batch_reading import shapes_in
 from lightning_dp.sampling.batches import LogicalBatch
 from lightning_dp.sandbox.sandbox import Sandbox
 from lightning_dp.step.microbatch import Microbatch

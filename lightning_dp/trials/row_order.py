@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lightning_dp.per_sample.batch_reading import Path, walk
+from lightning_dp.per_sample.owners.batch_reading import Path, walk
 from lightning_dp.trials.given_records import Collated
 from lightning_dp.trials.reading import is_same
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.batch_reading import Path, read
+from lightning_dp.per_sample.owners.batch_reading import Path, read
 from lightning_dp.trials.joined import lengths_in
 
 _WHOLE = (torch.int32, torch.int64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.per_sample import PerSampleEngine
-from lightning_dp.per_sample.uses import Recorder, Use
+from lightning_dp.per_sample.tracking.uses import Recorder, Use
 from tests.per_sample.checks import make_engine, run_batch
 from tests.per_sample.test_uses import Net, _data, _loss
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dp.per_sample.axes import AXES
+from lightning_dp.per_sample.owners.axes import AXES
 from tests.cases import each
 
 X = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample.choices import chooses_rows
-from lightning_dp.per_sample.owned import MIXED, Entries, Owners, Rows
+from lightning_dp.per_sample.owners.choices import chooses_rows
+from lightning_dp.per_sample.owners.owned import MIXED, Entries, Owners, Rows
 from tests.cases import each
 
 SIZE = 3

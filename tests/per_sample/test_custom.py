@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dp import DPStrategy
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import check_rule, register_rule
-from lightning_dp.per_sample.operations import operation_of
+from lightning_dp.per_sample.tracking.operations import operation_of
 from tests.helpers import make_trainer
 from tests.per_sample.checks import assert_engine_agrees, make_engine, run_batch
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import lightning_dp.per_sample.custom
 import lightning_dp.per_sample.engine
-import lightning_dp.per_sample.nodes
 import lightning_dp.per_sample.rules.base
 import lightning_dp.per_sample.single
+import lightning_dp.per_sample.tracking.nodes
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine, make_engine, sources, stacking
 from lightning_dp.per_sample import parts as parts_module
@@ -260,7 +260,7 @@ def test_make_engine_picks_plain_autograd_for_single_samples() -> None:
         lightning_dp.per_sample.engine,
         lightning_dp.per_sample.single,
         lightning_dp.per_sample.custom,
-        lightning_dp.per_sample.nodes,
+        lightning_dp.per_sample.tracking.nodes,
         lightning_dp.per_sample.rules.base,
     ],
 )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.following import Follower
-from lightning_dp.per_sample.owned import Entries, Mixed, Owners, Rows
-from lightning_dp.per_sample.tracker import Tracker
-from lightning_dp.per_sample.uses import Recorder
+from lightning_dp.per_sample.owners.following import Follower
+from lightning_dp.per_sample.owners.owned import Entries, Mixed, Owners, Rows
+from lightning_dp.per_sample.tracking.tracker import Tracker
+from lightning_dp.per_sample.tracking.uses import Recorder
 from tests.cases import each
 from tests.per_sample.owners import _collate_graphs, _graph, assert_agrees, make
 

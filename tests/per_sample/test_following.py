@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.following import Follower
-from lightning_dp.per_sample.owned import MIXED, Mixed, Rows
-from lightning_dp.per_sample.tracker import Tracker
-from lightning_dp.per_sample.traits import SHOWS_NO_ENTRY
-from lightning_dp.per_sample.uses import Recorder
+from lightning_dp.per_sample.owners.following import Follower
+from lightning_dp.per_sample.owners.owned import MIXED, Mixed, Rows
+from lightning_dp.per_sample.owners.traits import SHOWS_NO_ENTRY
+from lightning_dp.per_sample.tracking.tracker import Tracker
+from lightning_dp.per_sample.tracking.uses import Recorder
 from tests.per_sample.owners import _features, assert_agrees, make
 from tests.per_sample.ways_of_use import Uses, drawn
 

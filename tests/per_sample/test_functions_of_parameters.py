@@ -15,9 +15,10 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import leaves, pulling
+from lightning_dp.per_sample import pulling
 from lightning_dp.per_sample.rules.embedding import EmbeddingRule
 from lightning_dp.per_sample.rules.linear import LinearRule
+from lightning_dp.per_sample.tracking import leaves
 from tests.per_sample.checks import assert_engine_agrees, make_engine, run_batch
 from tests.per_sample.test_ways_of_use import WAYS
 from tests.per_sample.ways_of_use import Uses, _data, _loss, drawn

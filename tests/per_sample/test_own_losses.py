@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.own_losses import OwnLosses
+from lightning_dp.per_sample.owners.own_losses import OwnLosses
 from tests.cases import each
 
 B, T, C = 4, 5, 3

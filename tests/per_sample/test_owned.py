@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample.owned import NOBODY, OwnedAxis, Rows, arrangement, laid_out
+from lightning_dp.per_sample.owners.owned import NOBODY, OwnedAxis, Rows, arrangement, laid_out
 
 
 @pytest.mark.parametrize(

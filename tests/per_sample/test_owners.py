@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_dp.per_sample.batch_owners import BatchOwners
-from lightning_dp.per_sample.following import Follower
-from lightning_dp.per_sample.owned import Mixed, Rows
-from lightning_dp.per_sample.tracker import Tracker
-from lightning_dp.per_sample.uses import Recorder
+from lightning_dp.per_sample.owners.batch_owners import BatchOwners
+from lightning_dp.per_sample.owners.following import Follower
+from lightning_dp.per_sample.owners.owned import Mixed, Rows
+from lightning_dp.per_sample.tracking.tracker import Tracker
+from lightning_dp.per_sample.tracking.uses import Recorder
 from tests.per_sample.owners import (
     GCN,
     Graphs,

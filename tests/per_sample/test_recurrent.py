@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import recurrent
 from lightning_dp.per_sample.rules.linear import LinearRule
+from lightning_dp.per_sample.tracking import recurrent
 from tests.per_sample.checks import assert_engine_agrees, make_engine, run_batch
 
 KINDS: list[Any] = [nn.LSTM, nn.GRU, nn.RNN]

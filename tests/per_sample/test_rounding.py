@@ -25,9 +25,9 @@ from lightning_dp.clipping import (
     PSACClipping,
 )
 from lightning_dp.per_sample import PerSampleEngine, SingleSampleEngine, rules
-from lightning_dp.per_sample.leaves import LeafRule
-from lightning_dp.per_sample.registered import Registered
 from lightning_dp.per_sample.rules import Rule
+from lightning_dp.per_sample.tracking.leaves import LeafRule
+from lightning_dp.per_sample.tracking.registered import Registered
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.samples import Samples

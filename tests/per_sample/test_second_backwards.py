@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample import engine, uses
+from lightning_dp.per_sample import engine
+from lightning_dp.per_sample.tracking import uses
 from tests import reference
 from tests.per_sample import checks
 from tests.per_sample.test_workspace import data_of, loss_of, network, nothing_is_small, sources_of

@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from lightning_dp.masks import ParameterMask
-from lightning_dp.per_sample import PerSampleEngine, combining, sources, stacking, uses
+from lightning_dp.per_sample import PerSampleEngine, combining, sources, stacking
 from lightning_dp.per_sample.stacking import Joined, Part
 from lightning_dp.per_sample.targets import Targets, places_of
+from lightning_dp.per_sample.tracking import uses
 from tests.per_sample import checks
 
 NAN_ROW = torch.tensor([[1.0, 2.0], [torch.nan, 0.0]])

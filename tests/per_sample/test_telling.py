@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lightning_dp.per_sample.following import Follower
-from lightning_dp.per_sample.own_losses import OwnLosses
-from lightning_dp.per_sample.telling import telling
-from lightning_dp.per_sample.tracker import Tracker
-from lightning_dp.per_sample.uses import Recorder
+from lightning_dp.per_sample.owners.following import Follower
+from lightning_dp.per_sample.owners.own_losses import OwnLosses
+from lightning_dp.per_sample.owners.telling import telling
+from lightning_dp.per_sample.tracking.tracker import Tracker
+from lightning_dp.per_sample.tracking.uses import Recorder
 
 
 def heard() -> list[str]:

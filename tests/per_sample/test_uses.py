@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample.nodes import Reporting
+from lightning_dp.per_sample.tracking.nodes import Reporting
 from tests import reference
 from tests.per_sample.checks import assert_close, assert_engine_agrees, make_engine, run_batch
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample.arguments import tensors_in
-from lightning_dp.per_sample.following import Follower
-from lightning_dp.per_sample.memo import Memo
-from lightning_dp.per_sample.owned import Mixed, Rows
-from lightning_dp.per_sample.reductions import Step
-from lightning_dp.per_sample.tracker import Tracker
-from lightning_dp.per_sample.uses import Recorder
-from lightning_dp.per_sample.views import moved_rows, owners_of_view
+from lightning_dp.per_sample.owners.following import Follower
+from lightning_dp.per_sample.owners.memo import Memo
+from lightning_dp.per_sample.owners.owned import Mixed, Rows
+from lightning_dp.per_sample.owners.reductions import Step
+from lightning_dp.per_sample.owners.views import moved_rows, owners_of_view
+from lightning_dp.per_sample.tracking.arguments import tensors_in
+from lightning_dp.per_sample.tracking.tracker import Tracker
+from lightning_dp.per_sample.tracking.uses import Recorder
 from tests.cases import each
 
 Move = Callable[[Tensor], Tensor]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.per_sample import PerSampleEngine, engine, stacking, uses
+from lightning_dp.per_sample import PerSampleEngine, engine, stacking
 from lightning_dp.per_sample.rules import base, outer_products
 from lightning_dp.per_sample.sources import Source
+from lightning_dp.per_sample.tracking import uses
 from lightning_dp.per_sample.workspace import SHARE, Workspace
 from tests.helpers import Largest
 from tests.per_sample import checks

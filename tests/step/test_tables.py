@@ -13,10 +13,10 @@ from lightning_dp.accounting import ACCOUNTANTS, Accountant
 from lightning_dp.clipping import Clipping
 from lightning_dp.clipping.bounds import Bound
 from lightning_dp.masks import GradientMask
-from lightning_dp.per_sample.leaves import LeafRule
-from lightning_dp.per_sample.registered import Registered
-from lightning_dp.per_sample.replaying import Replayed
 from lightning_dp.per_sample.rules import Rule, registered
+from lightning_dp.per_sample.tracking.leaves import LeafRule
+from lightning_dp.per_sample.tracking.registered import Registered
+from lightning_dp.per_sample.tracking.replaying import Replayed
 from tests.clipping.table import CONTRACT
 from tests.step.composition.table import BOUNDS, MASKS
 from tests.step.rig import Rig

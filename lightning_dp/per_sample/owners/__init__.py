@@ -1,0 +1,1 @@
+"""Owners of rows: which record each row of a tensor belongs to, followed through the operations of a step."""
