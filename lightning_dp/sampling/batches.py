@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -54,7 +54,7 @@ class LogicalBatch:
         self.exchanged: Any = None  # the last microbatch with one record exchanged, see ``LoadingWatch``; private
         self.joined: frozenset[int] = frozenset()  # lengths of unequal parts that are joined; private
         self.read: list[set[Any]] = [set() for _ in self.microbatches]  # values that user code has read; private
-        self.changed: Sequence[Any] = ()  # what loading it has changed in this process, as it was before; private
+        self.changed: Mapping[Any, Any] = {}  # what loading it has changed in this process, as it was before; private
         self.draw: Any = None  # the indices that it was read at, where the dataset has random access; private
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
@@ -59,7 +59,7 @@ class PrivateDataLoader(DataLoader[Any]):
         self.__dict__["batch_size"] = batch_size  # torch would keep None with a batch sampler
         self.facts = facts
         self.before_pass: Callable[[], None] | None = None
-        self.before_item: Callable[[], Callable[[], Sequence[Any]]] | None = None
+        self.before_item: Callable[[], Callable[[], Mapping[Any, Any]]] | None = None
         """Called before code of the user's reads the records of an item in this process; it returns a function that
         returns what this has changed.
         """
@@ -95,7 +95,7 @@ class PrivateDataLoader(DataLoader[Any]):
             )
         batch.draw.alone = self.batch_sampler.alone = True  # type: ignore[union-attr]
         assert isinstance(self.collate_fn, MicrobatchCollate)
-        changes = tuple if self.before_item is None else self.before_item()
+        changes = dict if self.before_item is None else self.before_item()
         again = BeforeRecords(self.dataset, self.collate_fn).__getitems__(batch.draw)
         again.position, again.changed = batch.position, changes()
         return again
@@ -211,7 +211,7 @@ class PrivateDataLoader(DataLoader[Any]):
 
     def _noted(self, items: Iterator[LogicalBatch]) -> Iterator[LogicalBatch]:
         while True:
-            changes = tuple if self.before_item is None else self.before_item()
+            changes = dict if self.before_item is None else self.before_item()
             if (item := next(items, None)) is None:
                 return
             item.changed = changes()

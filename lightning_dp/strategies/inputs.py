@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -107,8 +107,8 @@ class TrainingInputs(RunFacts, Strategy):
                 f"Logical batches hold {self._loader.facts.expected_batch_size} records from here on, as expected."
             )
 
-    def _before_item(self) -> Callable[[], Sequence[Any]]:
-        return tuple if self._fit is None else self._fit.before_item()
+    def _before_item(self) -> Callable[[], Mapping[Any, Any]]:
+        return dict if self._fit is None else self._fit.before_item()
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from lightning_dp.sampling import LogicalBatch, collate_samples
@@ -24,20 +25,17 @@ class OwnLoading:
 
     Args:
         host: knows the training set, and the attributes and variables.
-        before: called, too, before records are read.
     """
 
-    def __init__(self, host: Host, before: Callable[[], None]) -> None:
-        self._host, self._before = host, before
+    def __init__(self, host: Host) -> None:
+        self._host = host
         self._batch = LogicalBatch([])
 
-    def hold(self) -> Callable[[], list[Value]]:
+    def hold(self) -> Callable[[], Mapping[Any, Value]]:
         """Take note of attributes and variables before records are read; return a function that returns those that this
-        has changed, with their values of before.
+        has changed, by a key each, with their values of before.
         """
-        self._before()
-        held = self._host.held()
-        return lambda: [*changed(held).values()]
+        return partial(changed, self._host.held())
 
     def begin(self, batch: LogicalBatch, *, alone: bool = False) -> LogicalBatch:
         """Begin a batch, before it is moved; return it with its last microbatch loaded again if this is needed.
@@ -47,7 +45,7 @@ class OwnLoading:
             alone: whether to cut it into microbatches of one unit each.
         """
         if alone and any(count > 1 for count, _ in batch.microbatches):
-            put_back(batch.changed)
+            put_back(batch.changed.values())
             batch = self._host.training.loader.one_by_one(batch)
         self._batch = batch
         if len(batch) > 1:
@@ -65,7 +63,7 @@ class OwnLoading:
         batch, training = self._batch, self._host.training
         if not batch.changed or not batch.draw:
             return given
-        put_back(batch.changed)
+        put_back(batch.changed.values())
         with fresh_randomness(batch.draw.entropy - number):
             return collate_samples(training.loader, training.read(batch.positions[number]))
 

@@ -72,7 +72,7 @@ class RealLosses:
         self._read = batch.read
         self._sizes = [_sizes_of_rows(part, count) for count, _, part in batch.parts]
         self.part, self._step.engine.joined = -1, batch.joined
-        self._written.begin(positions)
+        self._written.begin(positions, batch.changed)
         if batch.changed and self._runs.loss_form.has_written:  # records of one microbatch alone may have set it
             self._new_in += [(each, self._written.batches[0]) for each in positions]
 

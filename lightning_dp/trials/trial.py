@@ -58,7 +58,7 @@ class Trial:
         self.decisions = Decisions(self._runs, sandbox)
         self._checked_at, self._prepared_at, self.transfer = 0, 0, self._runs.transfer
         self.written = Written(self._runs, sandbox)
-        self.loading = OwnLoading(host, self.written.hold)
+        self.loading = OwnLoading(host)
         self.losses = RealLosses(self._runs, self.written, sandbox, self.check_again)
 
     @property

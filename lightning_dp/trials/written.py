@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.sandbox.refilling import Value, changed, put_back
+from lightning_dp.sandbox.refilling import Value, put_back
 from lightning_dp.sandbox.sandbox import Sandbox
 from lightning_dp.sandbox.writes import Look, When, WriteWatch
 from lightning_dp.trials import state_runs
@@ -80,29 +80,23 @@ class Written:
         self.batches: deque[Ran] = deque(maxlen=2)
         """The real batch, and the one before it."""
         self._writers: list[Ran] = []  # those of them that have written something new
-        self._held: list[tuple[Any, Any]] = []  # attributes and variables, and their values before records were read
 
     def see(self, keys: Iterable[Any], when: When) -> None:
         """Take note of what the newest batch has written, and when."""
         if self._runs.loss_form.see_writes(keys, when, self._runs.step.state.step):
             self._writers += [*self.batches][:1]
 
-    def begin(self, parts: list[list[int]]) -> None:
+    def begin(self, parts: list[list[int]], changed: Mapping[Any, Value]) -> None:
         """Begin a real batch.
 
         Args:
             parts: positions of the records of each of its microbatches; empty if unknown.
+            changed: what reading the records has changed, by a key each, as it was before.
         """
-        host, form = self._runs.host, self._runs.loss_form
-        found, self._held = changed(self._held), []
-        is_new = form.see_writes(found, When.FORWARD, self._runs.step.state.step)
-        ran = Ran(parts, self.watch.begin(), host.counters(), [*found.values()] if is_new else ())
+        is_new = self._runs.loss_form.see_writes(changed, When.FORWARD, self._runs.step.state.step)
+        ran = Ran(parts, self.watch.begin(), self._runs.host.counters(), [*changed.values()] if is_new else ())
         self.batches.appendleft(ran)
         self._writers += [ran] if is_new else []
-
-    def hold(self) -> None:
-        """Take note of attributes and variables before records are read in this process."""
-        self._held = [(attributes, attributes.copy()) for attributes in self._runs.host.attributes()]
 
     def check(
         self,
