@@ -1,13 +1,15 @@
 """Public packages trained plain and privately, unchanged: works or not, way taken, step to plain, agreement, message.
 
     python -m benchmarks.public_modules nbeats tft    # in an environment that holds the package of these cases
+    python -m benchmarks.public_modules nbeats --steps    # measures the steps of a case again, and nothing else
     python -m benchmarks.public_modules --table       # writes public_modules.md and a part of docs/modules.md
 
 Each case is toy-sized and trains as its package's own documentation does. The package is a guest: nothing of it is
-changed. Plain and private fits alternate in pairs (``--pairs``, 7 unless given). The ratio is the median over the pairs
-of the median steps, private to plain, from the start of a batch to its end without loader and metrics, in processor
-time on one thread. The agreement is the largest difference between per-sample gradients in a batch and those of samples
-run alone, relative to the largest gradient; a further private fit measures it in float64.
+changed. In a plain and a private fit, blocks of steps alternate in pairs (in_turn.py; ``--pairs``, 15 unless given).
+The ratio is the median over the pairs of the median steps, private to plain, from the start of a batch to its end
+without loader and metrics, in processor time on one thread. The agreement is the largest difference between per-sample
+gradients in a batch and those of samples run alone, relative to the largest gradient; a further private fit measures it
+in float64.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import public_cases
+from benchmarks import in_turn, public_cases
 from benchmarks.public_cases.registry import CASES
 
 RESULTS = Path(__file__).resolve().with_name("public_modules.json")
@@ -99,9 +101,9 @@ def working_in(folder: str) -> Iterator[None]:
         os.chdir(before)
 
 
-def fit(case: Any, *, private: bool, **trainer: Any) -> tuple[float, list[Any], list[float]]:
-    """Train a case once; return the seconds of a median step, the way and number of steps, and the differences."""
-    callback, times, ways = clock(case.tree)
+def fit(case: Any, *, private: bool, **trainer: Any) -> tuple[list[Any], list[float]]:
+    """Train a case once; return the way and number of steps, and the differences."""
+    callback, _, ways = clock(case.tree)
     with tempfile.TemporaryDirectory() as folder, working_in(folder), differences() as differ:
         arguments = {
             "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
@@ -115,43 +117,55 @@ def fit(case: Any, *, private: bool, **trainer: Any) -> tuple[float, list[Any], 
             arguments["callbacks"].append(EpsilonMonitor(every_n_steps=1))
         torch.manual_seed(0)
         case.train(arguments)
-    return statistics.median(times[3:]) if len(times) > 3 else math.nan, ways, differ
+    return ways, differ
 
 
-def run(name: str, pairs: int = 1) -> dict[str, Any]:
-    """Train a case plain and privately, in pairs of fits, and once privately in float64; return what was seen."""
+def run(name: str, pairs: int) -> dict[str, Any]:
+    """Train a case plain, privately, privately in float64, and with steps in turn; return what was seen."""
     case = CASES[name]
     found: dict[str, Any] = {"case": name, "package": case.package, "what": case.title, "options": case.options}
-    ratios: list[float] = []
-    for _ in range(pairs):
-        private = False
-        try:
-            plain, *_ = fit(case, private=private)
-            private = True
-            seconds, ways, differ = fit(case, private=private)
-        except Exception as error:
-            notes = " ".join(getattr(error, "__notes__", []))
-            found["message"] = f"{type(error).__name__}: {error} {notes}"[:1000]
-            found["failed"] = "private" if private else "plain"
-            found["trace"] = traceback.format_exc()[-3000:]
-            return found
-        ratios.append(seconds / plain)
-    ratios.sort()
+    private = False
+    try:
+        fit(case, private=private)
+        private = True
+        ways, differ = fit(case, private=private)
+    except Exception as error:
+        notes = " ".join(getattr(error, "__notes__", []))
+        found["message"] = f"{type(error).__name__}: {error} {notes}"[:1000]
+        found["failed"] = "private" if private else "plain"
+        found["trace"] = traceback.format_exc()[-3000:]
+        return found
     found["way"] = WAYS.get(ways[0], ways[0]) if ways else ""
     found["steps"] = ways[1] if ways else 0
-    found |= {"ratio": round(statistics.median(ratios), 1), "pairs": pairs}
-    found["spread"] = [round(ratios[0], 1), round(ratios[-1], 1)]
+    found |= steps(name, pairs)
     if differ:
         found["differs"] = float(f"{max(differ):.1e}")
         found |= in_float64(case)
     return found
 
 
+def steps(name: str, pairs: int) -> dict[str, Any]:
+    """Return the ratio of a private step to a plain one, its quartiles, and the pairs of blocks of steps.
+
+    It is empty if the fits are too short.
+    """
+    ratios, block = in_turn.ratios_of(name, pairs)
+    if len(ratios) < 2:
+        return {}
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "ratio": round(middle, 1),
+        "quartiles": [round(low, 1), round(high, 1)],
+        "pairs": len(ratios),
+        "block": block,
+    }
+
+
 def in_float64(case: Any) -> dict[str, Any]:
     """Return the largest difference in float64, or why the package does not train in it."""
     torch.set_default_dtype(torch.float64)  # the data that a case draws
     try:
-        *_, differ = fit(case, private=True, precision="64-true")
+        _, differ = fit(case, private=True, precision="64-true")
         return {"differs64": float(f"{max(differ):.1e}")}
     except Exception as error:
         return {"not64": f"{type(error).__name__}: {error}"[:200]}
@@ -218,9 +232,9 @@ def write_tables() -> None:
         f"{refused} are coupled by nature and refused, {len(entries) - trained - refused} fail."
     )
     about = (
-        "Made by `python -m benchmarks.public_modules`. Ratios are medians over pairs of fits, plain and private in "
-        "turn, of the median steps without the loader, in processor time of one thread on a shared machine, at toy "
-        "size. Where a row has 1 pair it is older, and a hint only: in repeated fits plain steps are faster. "
+        "Made by `python -m benchmarks.public_modules`. Ratios are medians over pairs of blocks of steps, plain and "
+        "private in turn on one core, of the median steps without the loader, in processor time of one thread on a "
+        "shared machine, at toy size. "
         '"Agreement" is the largest difference between per-sample gradients in a batch and those of samples run alone, '
         "relative to the largest gradient, in float32 and, where it was measured and the package trains in it, in "
         "float64. EfficientNet leaves one pixel to its last groups. Llama, T5, Mamba and x-transformers compute norms "
@@ -247,11 +261,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES])
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--pairs", type=int, default=7, help="fits of each kind, plain and private in turn")
+    parser.add_argument("--pairs", type=int, default=15, help="blocks of steps of each kind, plain and private in turn")
+    parser.add_argument("--steps", action="store_true", help="measure the steps alone")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     for name in options.cases:
+        if options.steps:
+            old = ("ratio", "spread", "quartiles", "pairs", "block")
+            found = {key: value for key, value in json.loads(RESULTS.read_text())[name].items() if key not in old}
+            found |= steps(name, options.pairs)
+            print(name, *(found.get(each) for each in ("ratio", "quartiles", "pairs", "block")), flush=True)
+            write(found)
+            continue
         found = run(name, options.pairs)
         trace = found.pop("trace", "")
         print(json.dumps(found), trace, sep="\n", flush=True)
