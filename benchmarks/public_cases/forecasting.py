@@ -132,7 +132,7 @@ def neural(name: str, arguments: dict[str, Any], **options: Any) -> None:
 
     table = series().rename(columns={"series": "unique_id", "time": "ds", "value": "y"})
     kind, passed = getattr(neuralforecast.models, name), without_checkpoint_flag(arguments)
-    model = kind(h=4, input_size=12, max_steps=20, batch_size=3, **options, **passed)
+    model = kind(h=4, input_size=12, max_steps=2 * EPOCHS, batch_size=3, **options, **passed)
     NeuralForecast(models=[model], freq=1).fit(table)
 
 
