@@ -60,6 +60,13 @@ def frame_above(number: int) -> FrameType:
     return sys._getframe(number + 1)
 
 
+def known_to_scripts(function: Callable[..., Any], like: Callable[..., Any]) -> None:
+    """Let scripts that are compiled from now on take a function for another one of torch, if they know that one."""
+    table = torch.jit._builtins._get_builtin_table()  # type: ignore[no-untyped-call]
+    if id(like) in table:
+        table[id(function)] = table[id(like)]
+
+
 def adds_to_leaves() -> bool:
     """Tell whether the current backward adds to the gradients of leaves: ``torch.autograd.grad`` does not.
 

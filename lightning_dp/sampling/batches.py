@@ -183,7 +183,8 @@ class MicrobatchCollate:
         for first, last in itertools.pairwise(self._cuts(counts, 1 if alone else self.microbatch_size)):
             chosen = samples[starts[first] : starts[last]]
             lengths = None if self.watch is None else self.watch.unequal(self.collate_fn, chosen)
-            with nullcontext() if self.watch is None else self.watch.reading(self.collate_fn) as reading:
+            hears = None if self.watch is None or last - first == 1 else self.watch.reading(self.collate_fn)
+            with hears or nullcontext() as reading:
                 if self.watch is None or last < len(counts):
                     batch = self.collate_fn(chosen)
                 else:

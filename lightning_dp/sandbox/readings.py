@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_dp.per_sample._torch import frame_above, in_backward
+from lightning_dp.per_sample._torch import frame_above, in_backward, known_to_scripts, unfollowed
+from lightning_dp.system.local import is_sharded
 
-_READERS = ("item", "__bool__", "__int__", "__float__", "__index__")
 _FRAMEWORKS = frozenset(("torch", "lightning", "pytorch_lightning", "lightning_fabric"))
 _OURS = __name__.partition(".")[0]
+_MOST_ENTRIES = 4_096
+"""Entries of a tensor in a list or an array up to which all its whole numbers are noted."""
+_FEW_NUMBERS = 64
+"""Whole numbers in lists and arrays, from 0, that differ from each other."""
 
 Reading = tuple[Hashable, Hashable]
-"""The line of code that has read a value, and about which value."""
+"""The line of code that has read a value, perhaps with what it has read, and about which value."""
+Tell = Callable[[Any, Any], Iterator[tuple[tuple[Hashable, ...], Hashable]]]
+"""A function that yields what there is to note, given the arguments and the result of a function of torch."""
 
 
 class Readings:
     """A context that takes note of the values that user code reads from tensors within it, in its thread or a backward.
 
-    **Guarantee**: each value that ``bool``, ``int``, ``float``, an index or ``.item()`` returns is noted, with the line
-    of user code that asks. Whole numbers up to 2 differ from all others; larger ones and fractions differ by their
-    power of two, and of 16. NOT noted: values in lists and arrays, and shapes that follow values.
+    **Guarantee**: noted is each value that ``bool``, ``int``, ``float``, an index, ``.item()`` or ``torch.equal``
+    returns, with the line of user code that asks; of a tensor that becomes a list or an array, its least and largest
+    value, or all whole numbers if it has few entries; of rows that a mask or ``nonzero`` chooses, how many there are.
+    Whole numbers up to 2 (up to 63 in lists and arrays) differ from all others; larger ones and fractions differ by
+    their power of two, and of 16. NOT noted: words, and values that other threads read.
     """
 
     def __init__(self) -> None:
@@ -34,9 +43,10 @@ class Readings:
         self._thread = threading.get_ident()
 
     def __enter__(self) -> Readings:
-        if _READERS[0] not in vars(Tensor):
-            for name, reader in _WATCHED.items():
-                setattr(Tensor, name, reader)
+        if not _own:
+            for owner, name, watched in _replacements():
+                _own[owner, name] = vars(owner).get(name, _INHERITED)
+                setattr(owner, name, watched)
         _open.append(self)
         return self
 
@@ -48,47 +58,145 @@ class Readings:
         found, self._found = self._found, set()
         return found
 
-    def note(self, value: Any, above: int = 2) -> None:
-        """Take note of a value that was read so many frames above, unless it was read by this package."""
+    def note(self, tell: Tell, given: Any, result: Any, above: int = 2) -> None:
+        """Take note of what was read so many frames above, unless this package has read it.
+
+        Args:
+            tell: yields what there is to note.
+            given: arguments of a function of torch.
+            result: of this function.
+            above: number of frames.
+        """
         frame: FrameType | None = frame_above(above)
         while frame is not None and (name := _package_of(frame)) in _FRAMEWORKS:
             frame = frame.f_back
         if frame is not None and name != _OURS and (threading.get_ident() == self._thread or in_backward()):
             code = frame.f_code
-            self._found.add(((code.co_filename, code.co_firstlineno, frame.f_lasti), _about(value)))
+            line = code.co_filename, code.co_firstlineno, frame.f_lasti
+            self._found.update(((*line, *part), value) for part, value in tell(given, result))
 
 
 _open: list[Readings] = []
+_own: dict[tuple[Any, str], Any] = {}
+"""The functions of torch that are replaced now; ``_INHERITED`` for those that a class had from another one."""
+_INHERITED = object()
 
 
 def note_extremes(tensor: Any) -> None:
     """Take note of the least and the largest value of a tensor that another process gave, as if the code three frames
     above had read them: no value of this batch tells what they are.
     """
-    if _open and isinstance(tensor, Tensor) and tensor.numel() and not tensor.is_complex():
-        for value in torch.stack(tensor.detach().aminmax()).tolist():
-            _open[-1].note(value, above=4)
+    if _open and isinstance(tensor, Tensor):
+        _open[-1].note(_extremes, (tensor,), None, above=4)
 
 
 def restore() -> None:
-    """Give tensors their own methods back at the end of a fit; each change of a class empties Python's caches of it."""
-    if not _open and _READERS[0] in vars(Tensor):
-        for name in _WATCHED:
-            delattr(Tensor, name)
+    """Give torch its own functions back at the end of a fit; each change of a class empties Python's caches of it."""
+    if not _open:
+        for (owner, name), function in _own.items():
+            if function is _INHERITED:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, function)
+        _own.clear()
 
 
-def _watched(read: Callable[[Tensor], Any], name: str) -> Callable[[Tensor], Any]:
-    def watched(self: Tensor) -> Any:
-        value = read(self)
-        if _open:
-            _open[-1].note(value)
-        return value
+def _watched(call: Callable[..., Any], name: str, tell: Tell, applies: Callable[..., bool]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = call(*args, **kwargs)
+        if _open and applies(args, result):
+            _open[-1].note(tell, args, result)
+        return result
 
     watched.__name__ = name  # by which operations on parameters are known
     return watched
 
 
-_WATCHED = {name: _watched(getattr(Tensor, name), name) for name in _READERS}
+@functools.cache
+def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
+    """Return owner and name of each function that shows values, and what takes its place: always the same, because
+    scripts know functions by their addresses.
+    """
+    made = [
+        (owner, name, _watched(getattr(owner, name), name, tell, applies))
+        for owner, name, tell, applies in _functions()
+        if hasattr(owner, name)
+    ]
+    for owner, name, watched in made:
+        known_to_scripts(watched, getattr(owner, name))
+    return made
+
+
+def _functions() -> Iterator[tuple[Any, str, Tell, Callable[..., bool]]]:
+    """Yield owner and name of each function that shows values, what to note of it, and when."""
+    for name in ("item", "__bool__", "__int__", "__float__", "__index__"):
+        yield Tensor, name, _number, _always
+    for name in ("tolist", "numpy", "__dlpack__"):
+        yield Tensor, name, _values, _always
+    yield Tensor, "__getitem__", _rows, _by_mask
+    yield torch, "where", _rows, _of_tuple
+    yield torch, "_unique2", _rows, _always  # called by ``unique``, which scripts know by its own code
+    for owner in (torch, Tensor):
+        for name in ("equal", "allclose", "is_nonzero"):
+            yield owner, name, _number, _always
+        for name in ("nonzero", "argwhere", "masked_select"):
+            yield owner, name, _rows, _always
+        yield owner, "bincount", _length, _always
+
+
+def _always(_: Any, __: Any) -> bool:
+    return True
+
+
+def _of_tuple(_: Any, result: Any) -> bool:
+    return isinstance(result, tuple)
+
+
+def _by_mask(args: Any, _: Any) -> bool:
+    return _has_mask(args[1])
+
+
+def _has_mask(index: Any) -> bool:
+    if isinstance(index, (tuple, list)):
+        return any(map(_has_mask, index))
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _number(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
+    yield (), _about(result)
+
+
+def _rows(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
+    chosen = result[0] if isinstance(result, tuple) else result
+    yield ("rows", _about(len(chosen))), True
+
+
+def _length(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
+    yield ("length", _finely(len(result))), True
+
+
+def _values(args: Any, _: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
+    tensor: Tensor = args[0]
+    if tensor.numel() > _MOST_ENTRIES or tensor.is_floating_point() or tensor.is_complex():
+        yield from _extremes(args, _)
+    elif not is_sharded(tensor):
+        with unfollowed():
+            held = {*tensor.flatten().tolist()}
+        yield from ((("holds", _finely(value)), True) for value in held)
+
+
+def _extremes(args: Any, _: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
+    tensor: Tensor = args[0]
+    if tensor.numel() and not tensor.is_complex() and not is_sharded(tensor):
+        with unfollowed():
+            least, most = torch.stack(tensor.detach().aminmax()).tolist()
+        yield ("least",), _about(least)
+        yield ("most",), _about(most)
+
+
+def _finely(value: int) -> Hashable:
+    return value if 0 <= value < _FEW_NUMBERS else _about(value)
 
 
 def _package_of(frame: FrameType) -> str:

@@ -120,10 +120,12 @@ class TrialRuns:
     def transfer(self, batch: LogicalBatch) -> Any:
         """Move the last microbatch to the device, and watch, now and then, what mixes its records on the way."""
         off, move = self.step.runs_samples_alone or not self.step.settings.check_per_sample, self.host.training.move
-        with Readings() as readings, nullcontext() if off else self.loss_form.watching():
+        if off:
+            return move(batch.microbatches[-1][1])
+        with Readings() as readings, self.loss_form.watching():
             moved = move(batch.microbatches[-1][1])
         batch.read[-1] |= readings.take()
-        if batch.exchanged is not None and not off:
+        if batch.exchanged is not None:
             self._see_exchanged(batch.exchanged)
         return moved
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,53 @@ def test_a_value_is_noted_however_it_is_read(read: Callable[[Tensor], Any]) -> N
 )  # fmt: skip
 def test_values_differ_by_their_size(values: Any, num: int) -> None:
     assert values_of(lambda tensor: tensor.item(), *values) == num
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda it: it.tolist(), lambda it: it.numpy(), np.asarray, lambda it: np.from_dlpack(it),
+        lambda it: it[it > 1], lambda it: it[1:, None][it[1:] > 1], lambda it: (it > 1).nonzero(),
+        lambda it: torch.where(it > 1), lambda it: torch.argwhere(it > 1), lambda it: it.masked_select(it > 1),
+        lambda it: it.unique(), lambda it: torch.unique(it, return_counts=True), lambda it: torch.bincount(it),
+        lambda it: torch.equal(it, it.clamp(max=1)), lambda it: it.allclose(it.clamp(max=1)),
+    ],
+)  # fmt: skip
+def test_what_shows_a_rare_entry_is_noted(read: Callable[[Tensor], Any]) -> None:
+    with Readings() as readings:
+        one, same, rare = torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]), torch.tensor([0, 1, 7])
+        found = []
+        for entries in (one, same, rare):
+            read(entries)
+            found.append(readings.take())
+    assert found[0] == found[1]
+    assert found[2] - found[0]
+
+
+def test_choices_by_given_places_show_nothing() -> None:
+    with Readings() as readings:
+        rows = torch.randn(3, 2)
+        _ = rows[torch.tensor([2, 0])], rows[0, 1], rows[:, 1:], torch.where(rows > 0, rows, 0.0)
+    assert not readings.take()
+
+
+def test_values_of_lists_and_arrays_have_bounds() -> None:
+    """Fractions and long tensors show their least and their largest value only."""
+    for values, num in ((torch.rand(50), 2), (torch.arange(5000), 2), (torch.arange(50), 50), (torch.zeros(0), 0)):
+        with Readings() as readings:
+            values.tolist()
+        assert len(readings.take()) == num
+
+
+def _scripted(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, -x)[x != 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_scripts_compile_while_values_are_read() -> None:
+    with Readings():
+        assert torch.equal(torch.jit.script(_scripted)(torch.tensor([1.0, 0.0, -2.0])), torch.tensor([1.0, 2.0]))
+    restore()
 
 
 def test_lines_differ() -> None:
