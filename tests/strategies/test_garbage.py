@@ -61,7 +61,7 @@ class OfRows(nn.Module):
 
 
 @pytest.mark.parametrize("network", [OfParameters, OfRows])
-@pytest.mark.one_in(2)
+@pytest.mark.slow  # a collection looks at all objects of the process
 def test_a_step_leaves_no_cycles(tmp_path: Any, network: type[nn.Module]) -> None:
     collector = Collector()
     trainer = make_trainer(DPStrategy(noise_multiplier=1.0), tmp_path, callbacks=[collector])

@@ -230,8 +230,6 @@ def test_a_long_record_that_pads_all_others_is_compared(lengths: list[int], func
 
 
 @pytest.mark.parametrize("number_of", [int, lambda n: range(9)[n], lambda n: n.tolist(), lambda n: len(n.nonzero())])
-    "number_of", [int, lambda it: range(9)[it], lambda it: it.tolist(), lambda it: len(it.nonzero())]
-)
 @pytest.mark.one_in(2)
 def test_rows_that_a_read_value_scales_are_compared(number_of: Callable[[Tensor], Any]) -> None:
     """The operations and the factors of rows are the same whatever the value is."""
