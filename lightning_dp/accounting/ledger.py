@@ -72,9 +72,7 @@ class Ledger:
             )
         if unit not in UNITS:
             raise ValueError(f"Expected unit in {UNITS}, got unit={unit!r}. Pass one of these.")
-        self._neighboring_relation, self._unit = neighboring_relation, unit
-        self._lineage, self._pass_open = uuid.uuid4().hex, False
-        self._entries: list[LedgerEntry] = []
+        self.__setstate__(LedgerState(neighboring_relation, unit, uuid.uuid4().hex, pass_open=False, entries=()))
 
     @property
     def neighboring_relation(self) -> str:
@@ -90,6 +88,12 @@ class Ledger:
     def lineage(self) -> str:
         """Identifier of this history, created with the ledger and kept by copies and checkpoints."""
         return self._lineage
+
+    @property
+    def runs(self) -> dict[str, int]:
+        """The runs that wrote this history, oldest first, and the number of its steps when the next one resumed."""
+        names, starts = zip(*self._resumed, strict=True) if self._resumed else ((), ())
+        return dict(zip((self._lineage, *names), (*starts, self.num_steps), strict=True))
 
     @property
     def num_steps(self) -> int:
@@ -175,12 +179,19 @@ class Ledger:
         """Return an independent ledger with the same history and lineage."""
         return copy.copy(self)
 
+    def resumed(self) -> Ledger:
+        """Return a copy whose further steps are not taken for those of other runs that continue this history."""
+        ledger, state = self.copy(), self.__getstate__()
+        ledger.__setstate__(state._replace(resumed=(*state.resumed, (uuid.uuid4().hex, self.num_steps))))
+        return ledger
+
     def __getstate__(self) -> LedgerState:
-        return LedgerState(self._neighboring_relation, self._unit, self._lineage, self._pass_open, tuple(self._entries))
+        known = self._neighboring_relation, self._unit, self._lineage, self._pass_open
+        return LedgerState(*known, tuple(self._entries), self._resumed)
 
     def __setstate__(self, state: LedgerState) -> None:
-        self._neighboring_relation, self._unit, self._lineage, self._pass_open, entries = state
-        self._entries = list(entries)
+        self._neighboring_relation, self._unit, self._lineage, self._pass_open, entries, self._resumed = state
+        self._entries: list[LedgerEntry] = list(entries)
 
     def extended(self, runs: Iterable[PlannedRun]) -> Ledger:
         """Return a copy with planned runs added.
@@ -204,21 +215,14 @@ class Ledger:
         return ledger
 
     def has_same_beginning(self, other: Ledger) -> bool:
-        """Return whether `other` begins with the steps of this ledger, even if the lineages differ.
-
-        Args:
-            other: The ledger of a run that may have begun with this history.
-        """
-        return begins(self.__getstate__()._replace(lineage=other.lineage), other.__getstate__())
+        """Return whether `other` begins with the steps of this ledger, even if it is of another run."""
+        theirs = other.__getstate__()
+        return begins(self.__getstate__()._replace(lineage=theirs.lineage, resumed=theirs.resumed), theirs)
 
     def is_prefix_of(self, other: Ledger) -> bool:
         """Return whether `other` is this history or a continuation of it.
 
-        Args:
-            other: The ledger that may have grown out of this one.
-
-        Returns:
-            True if lineage, relation, unit and every recorded step agree.
+        Lineage, relation, unit, resumed runs and every recorded step must agree.
         """
         return begins(self.__getstate__(), other.__getstate__())
 
@@ -250,10 +254,7 @@ class Ledger:
     def from_state_dict(cls, state: Mapping[str, Any]) -> Ledger:
         """Return the ledger that `state_dict` described.
 
-        **Guarantee**: any other state is refused, never repaired.
-
-        Args:
-            state: Result of `state_dict`, possibly after a round trip through JSON.
+        **Guarantee**: any other state is refused, never repaired. A round trip through JSON changes nothing.
 
         Raises:
             PrivacyError: If anything is missing, unknown, of the wrong type or out of range.

@@ -10,6 +10,7 @@ from lightning_dp.accounting.events import COUNTED, LedgerEntry, PrivacyEvent, c
 
 _VERSION = 1
 _KEYS = {"version", "neighboring_relation", "lineage", "pass_open", "num_steps", "entries"}
+_OPTIONAL = {"unit", "resumed"}
 _ENTRY_KEYS = {"kind", "noise_multiplier", "sample_rate", "reason", "num_steps", "num_passes"}
 
 
@@ -21,15 +22,20 @@ class LedgerState(NamedTuple):
     lineage: str
     pass_open: bool
     entries: tuple[LedgerEntry, ...]
+    resumed: tuple[tuple[str, int], ...] = ()
+    """Identifiers of the runs that continued this history, and the number of steps before each of them."""
 
 
 def write_state(ledger: LedgerState) -> dict[str, Any]:
     """Return the contents as plain integers, floats, strings, lists and dictionaries."""
-    unit = {} if ledger.unit == "record" else {"unit": ledger.unit}  # ledgers of records keep their old form
+    # ledgers of records, and of runs that were not resumed, keep their old form
+    unit = {} if ledger.unit == "record" else {"unit": ledger.unit}
+    resumed = {"resumed": [list(run) for run in ledger.resumed]} if ledger.resumed else {}
     return {
         "version": _VERSION,
         "neighboring_relation": ledger.neighboring_relation,
         **unit,
+        **resumed,
         "lineage": ledger.lineage,
         "pass_open": int(ledger.pass_open),
         "num_steps": sum(entry.num_steps for entry in ledger.entries),
@@ -47,11 +53,11 @@ def read_state(state: Mapping[str, Any]) -> LedgerState:
         ValueError: If a key is missing or unknown, a value is out of range, or the relation does not allow a kind.
         TypeError: If a value has another type.
     """
-    _check_keys(state, _KEYS | {"unit"} if isinstance(state, Mapping) and "unit" in state else _KEYS, name="state")
+    further = _OPTIONAL & set(state) if isinstance(state, Mapping) else set()
+    _check_keys(state, _KEYS | further, name="state")
     if check_count(state["version"], name="version", minimum=0) != _VERSION:
         raise ValueError(f"Expected version={_VERSION}, got version={state['version']}.")
-    if not isinstance(state["lineage"], str) or not re.fullmatch("[0-9a-f]{32}", state["lineage"]):
-        raise ValueError(f"Expected 32 hexadecimal digits, got lineage={state['lineage']!r}.")
+    lineage = _read_identifier(state["lineage"], name="lineage")
     if not isinstance(state["entries"], list):
         raise TypeError(f"Expected a list of entries, got {type(state['entries']).__name__}.")
     entries = tuple(_read_entry(entry) for entry in state["entries"])
@@ -63,8 +69,23 @@ def read_state(state: Mapping[str, Any]) -> LedgerState:
         raise ValueError(f"Expected pass_open=1 only after an entry of one pass, got pass_open={pass_open}.")
     for entry in entries:
         check_relation(entry.event, state["neighboring_relation"])
-    unit = state.get("unit", "record")
-    return LedgerState(state["neighboring_relation"], unit, state["lineage"], bool(pass_open), entries)
+    unit, resumed = state.get("unit", "record"), _read_resumed(state.get("resumed", []), num_steps)
+    return LedgerState(state["neighboring_relation"], unit, lineage, bool(pass_open), entries, resumed)
+
+
+def _read_resumed(runs: Any, num_steps: int) -> tuple[tuple[str, int], ...]:
+    if not isinstance(runs, list) or not all(isinstance(run, (list, tuple)) and len(run) == 2 for run in runs):
+        raise TypeError(f"Expected a list of pairs (run, steps before it), got resumed={runs!r}.")
+    counts = [check_count(steps, name="steps before a run", minimum=0) for _, steps in runs]
+    if counts != sorted(counts) or max(counts, default=0) > num_steps:
+        raise ValueError(f"Expected counts that do not fall, up to {num_steps} steps, got resumed={runs!r}.")
+    return tuple((_read_identifier(run, name="run"), steps) for (run, _), steps in zip(runs, counts, strict=True))
+
+
+def _read_identifier(value: Any, *, name: str) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{32}", value):
+        raise ValueError(f"Expected 32 hexadecimal digits, got {name}={value!r}.")
+    return value
 
 
 def check_relation(event: PrivacyEvent, relation: str) -> None:
@@ -123,9 +144,12 @@ def begins(one: LedgerState, other: LedgerState) -> bool:
         other: The history that may have grown out of it.
 
     Returns:
-        True if lineage, relation, unit and every recorded step agree.
+        True if lineage, relation, unit, resumed runs and every recorded step agree.
     """
     if (one.lineage, one.neighboring_relation, one.unit) != (other.lineage, other.neighboring_relation, other.unit):
+        return False
+    later, num_steps = other.resumed[len(one.resumed) :], sum(entry.num_steps for entry in one.entries)
+    if other.resumed[: len(one.resumed)] != one.resumed or any(before < num_steps for _, before in later):
         return False
     finished, opened = (one.entries[:-1], one.entries[-1]) if one.pass_open else (one.entries, None)
     rest = list(other.entries)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dp import _messages
 from lightning_dp.accounting import Ledger
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sandbox.snapshot import few_values
@@ -21,6 +20,7 @@ History = Ledger | str | os.PathLike[str] | Sequence[Any] | None
 """Type of the argument ``history``."""
 
 Lineages = dict[str, Ledger]
+"""Ledgers by the last of their runs."""
 
 _PLACES, _FEWEST = 16, 4  # values that are compared, and how many of them must differ to tell a copy
 
@@ -29,7 +29,7 @@ _PLACES, _FEWEST = 16, 4  # values that are compared, and how many of them must 
 _carried: dict[int, tuple[Any, Lineages, Any]] = {}
 #: values of a parameter at the end of a run or in a checkpoint -> the ledgers of the runs that have trained it
 _values: dict[Any, Lineages] = {}
-#: lineage of a ledger -> lineages of the ledgers whose steps it holds, with the numbers of these steps
+#: a run -> the runs whose steps its ledger holds, with the numbers of these steps
 _counted: dict[str, dict[str, int]] = {}
 #: modules whose weights were loaded since the last look, while a run trains them
 _loaded: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -88,7 +88,7 @@ def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
         PrivacyError: a ledger of another relation or unit.
     """
     total = Ledger(own.neighboring_relation, own.unit)
-    counted = _counted.setdefault(total.lineage, {})
+    counted = _counted.setdefault(_run_of(total), {})
     for ledger in ledgers:
         if ledger.neighboring_relation != own.neighboring_relation:
             raise PrivacyError(
@@ -106,9 +106,27 @@ def joined(ledgers: Iterable[Ledger], own: Ledger) -> Ledger:
             for entry in ledger.entries
         )
         total.start_pass()
-        for lineage, steps in ((ledger.lineage, ledger.num_steps), *_counted.get(ledger.lineage, {}).items()):
-            counted[lineage] = max(steps, counted.get(lineage, 0))
+        for run, steps in _held_by([ledger]).items():
+            counted[run] = max(steps, counted.get(run, 0))
     return total
+
+
+def apart(own: Ledger) -> Ledger:
+    """Return the ledger of a new run that has spent what another ledger holds, as that of a copied strategy."""
+    return joined([own], own)
+
+
+def _run_of(ledger: Ledger) -> str:
+    return next(reversed(ledger.runs))
+
+
+def _held_by(ledgers: Iterable[Ledger]) -> dict[str, int]:
+    """Return the runs whose steps ledgers hold, and the numbers of these steps."""
+    held: dict[str, int] = {}
+    for run, steps in (each for ledger in ledgers for each in ledger.runs.items()):
+        for other, count in ((run, steps), *_counted.get(run, {}).items()):
+            held[other] = max(count, held.get(other, 0))
+    return held
 
 
 def of_first_rank(own: Ledger, state: dict[str, Any]) -> Ledger:
@@ -120,7 +138,7 @@ def of_first_rank(own: Ledger, state: dict[str, Any]) -> Ledger:
     """
     ledger = Ledger.from_state_dict(state)
     if own.entries == ledger.entries:
-        _counted[ledger.lineage] = {**_counted.get(own.lineage, {}), own.lineage: own.num_steps}
+        _counted[_run_of(ledger)] = _held_by([own])
     return ledger
 
 
@@ -131,7 +149,9 @@ def carry(parameters: Iterable[nn.Parameter], ledger: Ledger) -> None:
         if key not in _carried:
             weakref.finalize(parameter, _carried.pop, key, None)
             _carried[key] = (weakref.ref(parameter), {}, _print_of(parameter))
-        _carried[key][1][ledger.lineage] = ledger
+        for run in ledger.runs:  # what an earlier run did after its checkpoint is overwritten where another resumes
+            _carried[key][1].pop(run, None)
+        _carried[key][1][_run_of(ledger)] = ledger
 
 
 def note_values(parameters: Iterable[nn.Parameter]) -> None:
@@ -222,14 +242,13 @@ def note_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         carry(module.parameters(), Ledger.from_state_dict(state["ledger"]))
 
 
-def _uncounted(module: nn.Module, own: Ledger, *, resumed: bool) -> list[tuple[str, Ledger]]:
+def uncounted(module: nn.Module, own: Ledger) -> list[tuple[str, Ledger]]:
     """Return the ledgers of earlier private runs on a module's parameters that a ledger does not hold.
 
     Args:
         module: the module to be trained; a parameter may be a copy of one that was trained.
-        own: the ledger of the run.
-        resumed: whether it was resumed. Each of several processes began a ledger of its own, and the checkpoint holds
-            the ledger of the first process only.
+        own: the ledger of the run. Each of several processes may have begun one of its own, and a checkpoint holds
+            that of the first process only.
 
     Returns:
         Names of parameters, and the ledgers of runs that trained them.
@@ -240,61 +259,11 @@ def _uncounted(module: nn.Module, own: Ledger, *, resumed: bool) -> list[tuple[s
     for name, parameter in module.named_parameters():
         reference, ledgers, _ = _carried.get(id(parameter), (None, {}, None))
         ledgers = ledgers if reference is not None and reference() is parameter else {}
-        for lineage, ledger in (ledgers | _ledgers_of(parameter)).items():
-            if lineage != own.lineage and not (resumed and ledger.has_same_beginning(own)):
-                found.setdefault(lineage, (name, ledger))
-    counted: dict[str, int] = {}
-    for lineage in (own.lineage, *found):
-        for other, steps in _counted.get(lineage, {}).items():
-            counted[other] = max(steps, counted.get(other, 0))
-    return [(name, ledger) for name, ledger in found.values() if ledger.num_steps > counted.get(ledger.lineage, 0)]
-
-
-class EarlierRuns:
-    """Earlier private runs on the same data: those that the user named, or else those that trained the module."""
-
-    def __init__(self) -> None:
-        self.given: list[Ledger] | None = None
-        """Ledgers that the user passed as ``history``; None if there was no such argument."""
-        self._found = False
-
-    @property
-    def counted(self) -> bool:
-        """True if the ledger of the run began with steps of earlier runs."""
-        return self._found or bool(self.given)
-
-    def count(self, module: nn.Module, own: Ledger, *, resumed: bool) -> Ledger:
-        """Return a ledger with the steps of earlier runs on the parameters of a module, unless ``history`` was given.
-
-        Args:
-            module: the module to be trained.
-            own: the ledger of the run.
-            resumed: whether it was read from a checkpoint.
-
-        Raises:
-            PrivacyError: an earlier run under another relation or unit.
-        """
-        missing = [] if self.given is not None else _uncounted(module, own, resumed=resumed)
-        if not missing:
-            return own
-        ledgers = [ledger for _, ledger in missing]
-        _messages.warn(
-            f"{missing[0][0]!r} was trained by an earlier private run: its "
-            f"{sum(ledger.num_steps for ledger in ledgers)} steps count towards epsilon here, too. If the runs have no "
-            "record in common, pass history=[]."
-        )
-        self._found = True
-        return joined([*ledgers, own] if own.num_steps else ledgers, own)
-
-    def check(self, module: nn.Module, own: Ledger, *, resumed: bool) -> None:
-        """Check that a ledger counts the earlier runs on the parameters of a module, unless ``history`` was given.
-
-        Raises:
-            PrivacyError: it does not count one that ended after the noise was calibrated.
-        """
-        for name, ledger in [] if self.given is not None else _uncounted(module, own, resumed=resumed):
-            raise PrivacyError(
-                f"{name!r} was trained by an earlier private run of {ledger.num_steps} steps, which this run does not "
-                "count, so epsilon would be understated. Pass history=earlier.ledger or history='its.ckpt' to add it, "
-                "or history=[] if the two runs have no record in common."
-            )
+        for run, ledger in (ledgers | _ledgers_of(parameter)).items():
+            of_rank = len(own.runs) > 1 and ledger.lineage != own.lineage and ledger.has_same_beginning(own)
+            if run not in own.runs and not of_rank:
+                found.setdefault(run, (name, ledger))
+    others = {run: [own, *(other for key, (_, other) in found.items() if key != run)] for run in found}
+    return [
+        (name, ledger) for run, (name, ledger) in found.items() if ledger.num_steps > _held_by(others[run]).get(run, 0)
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,8 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.reporting import statement
 from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.step import checkpoint as saved
-from lightning_dp.step.history import EarlierRuns, History, joined, read_history
+from lightning_dp.step.earlier_runs import EarlierRuns
+from lightning_dp.step.history import History, apart, joined, read_history
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.settings import Settings
 
@@ -74,6 +76,15 @@ class PrivacyState:
             state.begin_after(read_history(history))
         return state
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_spawned": get_spawning_popen() is not None}
+
+    def __setstate__(self, held: dict[str, Any]) -> None:
+        spawned = held.pop("_spawned")
+        vars(self).update(held)
+        if not spawned:  # a copy, or a pickle that may be read twice, takes steps of its own
+            self.ledger = apart(self.ledger)
+
     # ---------------------------------------------------------------- earlier runs
 
     def begin_after(self, ledgers: list[Ledger]) -> None:
@@ -87,11 +98,11 @@ class PrivacyState:
 
     def count_earlier_runs(self, module: nn.Module) -> None:
         """Add what earlier private runs spent on a module's parameters, before noise is calibrated; see EarlierRuns."""
-        self.ledger = self._earlier.count(module, self.ledger, resumed=self.restored_plan is not None)
+        self.ledger = self._earlier.count(module, self.ledger)
 
     def check_history(self, module: nn.Module) -> None:
         """Check that the ledger counts earlier private runs on a module's parameters."""
-        self._earlier.check(module, self.ledger, resumed=self.restored_plan is not None)
+        self._earlier.check(module, self.ledger)
 
     # ---------------------------------------------------------------- what has been spent
 
@@ -106,8 +117,6 @@ class PrivacyState:
         Args:
             delta: in (0, 1); default: the plan's, or that of the checkpoint being resumed.
 
-        Raises:
-            ValueError: no steps recorded, which is not the same as epsilon 0.
         """
         if self.ledger.num_steps == 0:
             raise ValueError(
@@ -139,11 +148,7 @@ class PrivacyState:
         return _UNFOLLOWED in self._kept_apart
 
     def note_alone(self, *, chosen: bool) -> None:
-        """Take note that one sample runs at a time.
-
-        Args:
-            chosen: whether the user asked for it; else no rule could follow the module.
-        """
+        """Take note that one sample runs at a time, as the user chose, or since no rule could follow the module."""
         self.note_kept_apart(_ALONE if chosen else _UNFOLLOWED)
 
     @property
@@ -167,12 +172,9 @@ class PrivacyState:
         self.step, self.precision = self.steps_taken, 0.0
 
     def record(self, sigma: float) -> None:
-        """Write one release of the current logical step into the ledger.
+        """Write one release of the current logical step, with noise multiplier ``sigma``, into the ledger.
 
         The first release of a step makes an entry; further ones add their precision to it.
-
-        Args:
-            sigma: noise multiplier of the release.
 
         Raises:
             PrivacyError: the releases of this step cost more than planned, while an epsilon was promised.
@@ -286,14 +288,11 @@ class PrivacyState:
         fresh = self._earlier.counted and not self._own_steps
         current = Ledger(self.ledger.neighboring_relation, self.ledger.unit) if fresh else self.ledger
         found = saved.load(checkpoint, current=current, allow_public=allow_public, one_step_a_batch=one_step_a_batch)
-        if fresh and self._earlier.given and not self.ledger.has_same_beginning(found.ledger):
-            raise PrivacyError(
-                "Expected a checkpoint of a run that began with the same history, got one whose ledger begins "
-                "otherwise. What the earlier runs spent would be lost: pass the history that its run was given, or "
-                "leave history out."
-            )
+        if fresh:
+            self._earlier.check_beginning(self.ledger, found.ledger)
         notes = saved.load_notes(checkpoint) if saved.KEY in checkpoint else None
-        self.ledger, self.restored_plan, self.step, self.unledgered = found
+        ledger, self.restored_plan, self.step, self.unledgered = found
+        self.ledger = ledger if ledger is current else ledger.resumed()
         self.plan, self.precision = None, 0.0  # steps that are taken again were not planned for
         if notes is not None:
             self.take_notes(notes)

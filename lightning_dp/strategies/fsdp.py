@@ -131,7 +131,9 @@ class DPFSDPStrategy(Together, PrivateStrategy, _WholeFolders):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load weights, optimizers and ledger into any number of processes."""
         with self._optimizers_may_step():
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        self.state.ledger = of_first_rank(self.ledger, self.broadcast(self.ledger.state_dict()))
+        return checkpoint
 
     def _optimizers_may_step(self) -> AbstractContextManager[None]:
         return nullcontext() if self._fit is None else self._fit.guard.paused()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,8 @@ from lightning_dp.accounting import Ledger, PrivacyEvent
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step import history
+from lightning_dp.step.earlier_runs import EarlierRuns
 from lightning_dp.step.history import (
-    EarlierRuns,
     carry,
     joined,
     note_checkpoint,
@@ -79,11 +80,11 @@ def test_joined_refuses_another_relation() -> None:
         joined([ledger_of(1)], Ledger("replace_one"))
 
 
-def counted(module: nn.Module, own: Ledger | None = None, **options: bool) -> int:
+def counted(module: nn.Module, own: Ledger | None = None) -> int:
     """The steps of a new run's ledger, or of another one, once earlier runs on the module are counted."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return EarlierRuns().count(module, own or Ledger(), **{"resumed": False, **options}).num_steps
+        return EarlierRuns().count(module, own or Ledger()).num_steps
 
 
 def test_earlier_runs_on_parameters_are_counted() -> None:
@@ -91,17 +92,17 @@ def test_earlier_runs_on_parameters_are_counted() -> None:
     assert counted(module) == 0
     carry(module[1].parameters(), ledger)
     with pytest.warns(UserWarning, match=r"'1\.weight' was trained by an earlier private run: its 3 steps count"):
-        total = EarlierRuns().count(module, ledger_of(2), resumed=False)
+        total = EarlierRuns().count(module, ledger_of(2))
     assert total.num_steps == 5
     assert counted(module, total) == 5
     assert counted(module, ledger) == 3
     earlier = EarlierRuns()
     with pytest.raises(PrivacyError, match=r"'1\.weight' was trained by an earlier private run of 3 steps"):
-        earlier.check(module, Ledger(), resumed=False)
-    earlier.check(module, total, resumed=False)
+        earlier.check(module, Ledger())
+    earlier.check(module, total)
     earlier.given = []
-    earlier.check(module, Ledger(), resumed=False)
-    assert earlier.count(module, Ledger(), resumed=False).num_steps == 0
+    earlier.check(module, Ledger())
+    assert earlier.count(module, Ledger()).num_steps == 0
 
 
 def test_a_run_that_counts_another_is_added_once() -> None:
@@ -116,12 +117,40 @@ def test_a_run_that_counts_another_is_added_once() -> None:
     assert counted(module) == 8
 
 
+@pytest.mark.parametrize("how", ["resumed", "deepcopy", "pickle"])
+def test_runs_that_begin_as_one_are_added_up(how: str) -> None:
+    """Two runs from one checkpoint, or from copies of one strategy: their ledgers are equal in every step."""
+    state, module = make_state(), nn.Linear(2, 2)
+    state.record(1.0)
+    checkpoint, kept = {saved.KEY: state.state_dict(global_step=0), "global_step": 0}, pickle.dumps(state)
+    runs = []
+    for _ in range(2):
+        run = make_state() if how == "resumed" else copy.deepcopy(state) if how == "deepcopy" else pickle.loads(kept)
+        if how == "resumed":
+            run.load(checkpoint, allow_public=False, one_step_a_batch=False)
+            run.plan = state.plan
+        run.begin_step()
+        run.record(1.0)
+        runs.append(run)
+    one, other = (run.ledger for run in runs)
+    assert one.entries == other.entries
+    assert joined(read_history([one, other]), Ledger()).num_steps == 4
+    carry(module.parameters(), one)
+    assert [counted(module, ledger) for ledger in (one, other)] == [2, 4]
+    if how == "resumed":
+        assert read_history([state.ledger, one]) == [one]  # one run and its beginning count once
+        assert read_history([Ledger.from_state_dict(one.state_dict()), one]) == [one]
+        theirs = {saved.KEY: runs[0].state_dict(global_step=0), "global_step": 0}
+        with pytest.raises(PrivacyError, match="Expected a checkpoint of this strategy's own run"):
+            runs[1].load(theirs, allow_public=False, one_step_a_batch=False)
+
+
 def test_only_a_resumed_run_holds_the_steps_of_another_ledger() -> None:
     """Ranks begin ledgers of their own, and a checkpoint holds that of the first one; equal runs are others."""
     module = nn.Linear(2, 2)
     carry(module.parameters(), ledger_of(3))
-    assert counted(module, ledger_of(4), resumed=True) == 4
-    assert counted(module, ledger_of(2), resumed=True) == 5
+    assert counted(module, ledger_of(4).resumed()) == 4
+    assert counted(module, ledger_of(2).resumed()) == 5
     assert counted(module, ledger_of(4)) == 7
 
 
