@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -41,7 +42,11 @@ class _WholeFolders(ModelParallelStrategy):
             sharded_files.recover(path)
         self.barrier()
         if path.is_dir():
-            checkpoint = super().load_checkpoint(path, weights_only)
+            try:
+                checkpoint = super().load_checkpoint(path, weights_only)
+            except CheckpointException:  # on all ranks; files of two checkpoints may be the reason
+                sharded_files.check(sharded_files.read_meta(path, weights_only), path)
+                raise
             sharded_files.check(checkpoint, path)
             return checkpoint
         stateless = sharded_files.find_stateless(path, weights_only)

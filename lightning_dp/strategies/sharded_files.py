@@ -107,6 +107,12 @@ def check(checkpoint: dict[str, Any], path: Path) -> None:
         )
 
 
+def read_meta(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    """Return what a folder holds beyond tensors."""
+    meta: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=weights_only)
+    return meta
+
+
 def _reads(held: dict[str, Tensor], path: Path) -> bool:
     """Read tensors of a folder; tell whether their sizes are those that the folder states."""
     try:
