@@ -28,6 +28,7 @@ class SamplingFacts:
         accumulate: number of items of a logical batch.
         separation: exact number of logical steps between two uses of a unit; ``None`` if random or not promised.
         fixed_order: whether the order is the same in every pass.
+        order: of a stream: batch size, workers and processes, which its order depends on, as does the dataset.
         unit: "record" or "user", the protected unit.
         records_per_unit: most records that a user brings to a logical batch; ``None`` for records.
     """
@@ -41,6 +42,7 @@ class SamplingFacts:
     accumulate: int = 1
     separation: int | None = None
     fixed_order: bool = False
+    order: tuple[int, ...] = ()
     unit: str = "record"
     records_per_unit: int | None = None
 
@@ -138,4 +140,5 @@ def stream_facts(loader: DataLoader[Any], *, accumulate: int, world_size: int, f
         accumulate=accumulate,
         separation=steps_per_epoch if fixed_order else None,
         fixed_order=fixed_order,
+        order=(loader.batch_size, loader.num_workers, world_size),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_dp import schedules
@@ -31,12 +31,14 @@ class Correlation:
         steps: logical steps n of the whole run.
         separation: steps b between two uses of a unit.
         passes: most uses k of a unit.
+        order: of a stream: what its order depends on, see ``SamplingFacts``.
     """
 
     noise: CorrelatedNoise
     steps: int
     separation: int
     passes: int
+    order: tuple[int, ...] = ()
 
     @property
     def sensitivity(self) -> float:
@@ -57,6 +59,7 @@ class Correlation:
             "steps": self.steps,
             "separation": self.separation,
             "passes": self.passes,
+            **({"order": list(self.order)} if self.order else {}),
         }
 
     @classmethod
@@ -67,7 +70,7 @@ class Correlation:
             ValueError: values out of range.
         """
         noise = CorrelatedNoise(decay=state["decay"], bands=state["bands"])
-        return cls(noise, state["steps"], state["separation"], state["passes"])
+        return cls(noise, state["steps"], state["separation"], state["passes"], tuple(state.get("order", ())))
 
 
 def plan_correlation(
@@ -105,8 +108,8 @@ def plan_correlation(
     if before is not None and noise.decay == "auto":
         known = Correlation.from_state_dict(before)
         if (known.steps, known.separation, known.passes) == (steps, separation, passes) and noise.bands is None:
-            return known
-    return Correlation(noise.planned(steps, separation, passes), steps, separation, passes)
+            return replace(known, order=facts.order)
+    return Correlation(noise.planned(steps, separation, passes), steps, separation, passes, facts.order)
 
 
 def _check_mechanisms(mechanisms: Mechanisms, length: RunLength, steps: int) -> None:
@@ -129,7 +132,7 @@ def _check_mechanisms(mechanisms: Mechanisms, length: RunLength, steps: int) -> 
 
 
 def check_resumed(now: Mapping[str, Any], restored: Mapping[str, Any] | None, start: int) -> None:
-    """Check that a run with correlated noise resumes as it was planned, or raise PrivacyError."""
+    """Check that a run with correlated noise goes on as it was planned, or raise PrivacyError."""
     if start == 0 or restored is None or not (now.get("correlation") or restored.get("correlation")):
         return
     names = ("correlation", "noise_multiplier", "sampling", "expected_batch_size", "clipping", "neighboring_relation")
@@ -139,7 +142,7 @@ def check_resumed(now: Mapping[str, Any], restored: Mapping[str, Any] | None, st
         raise PrivacyError(
             f"Expected {name}={restored.get(name)!r} as in the run being resumed, got {name}={now.get(name)!r}. "
             "Correlated noise is one privacy event for the whole planned run, which can be cut short but neither "
-            "extended nor changed: resume with the same settings and length."
+            "extended nor changed: go on with the same settings, loader and length."
         )
 
 

@@ -75,7 +75,8 @@ def build_plan(
         )
     mechanisms.begin_run(length)
     asked = settings.noise
-    correlation = None if asked is None else plan_correlation(asked, facts, mechanisms, length, restored)
+    before = restored if state.followed is None else state.followed.state_dict()
+    correlation = None if asked is None else plan_correlation(asked, facts, mechanisms, length, before)
     plan = DPPlan(
         sampling=facts.sampling,
         dataset_size=facts.dataset_size,
@@ -103,7 +104,7 @@ def build_plan(
     elif plan.steps is None or start < plan.steps:
         # an accountant without a bound for such steps would otherwise fail once they are taken
         state.accountant.epsilon(state.ledger.extended(plan.runs(start, start + 1)), plan.delta)
-    check_resumed(plan.state_dict(), restored, start)
+    check_resumed(plan.state_dict(), before, start)
     _check_noise_is_enough(plan, mechanisms, start)
     return plan
 

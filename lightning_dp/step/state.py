@@ -47,6 +47,7 @@ class PrivacyState:
         self.ledger = Ledger(neighboring_relation, unit)
         self.accountant = accountant
         self.plan: Any = None
+        self.followed: DPPlan | None = None  # in the last step that this process has released
         self.restored_plan: dict[str, Any] | None = None
         self.step = 0
         self.precision = 0.0
@@ -177,23 +178,23 @@ class PrivacyState:
         The first release of a step makes an entry; further ones add their precision to it.
 
         Raises:
-            PrivacyError: the releases of this step cost more than planned, while an epsilon was promised.
+            PrivacyError: the releases of this step cost more than planned, while an epsilon was promised or noise is
+                correlated.
         """
         plan: DPPlan = self.plan
         first, planned = self.precision == 0.0, plan.sigma(self.step)
         precision = self.precision + (sigma**-2 if sigma > 0 else math.inf)
         combined = precision**-0.5
-        if combined < planned * (1 - 1e-9) and (
-            plan.target_epsilon is not None or math.isfinite(self.last_allowed_step)
-        ):
+        limited = plan.target_epsilon is not None or math.isfinite(self.last_allowed_step)
+        if combined < planned * (1 - 1e-9) and (limited or plan.correlation is not None):
             raise PrivacyError(
-                "Expected each private optimizer to step once per batch under target_epsilon or PrivacyBudget, got a "
-                "further step on the same batch. It costs privacy that was not planned for: step once, or pass "
-                "noise_multiplier and no budget."
+                "Expected each private optimizer to step once per batch under target_epsilon, PrivacyBudget or "
+                "correlated noise, got a further step on the same batch. It costs privacy that was not planned for: "
+                "step once, or pass noise_multiplier, no budget and independent noise."
             )
         self.precision = precision
         spent = planned if math.isclose(combined, planned, rel_tol=1e-9) else combined
-        self._own_steps = True
+        self._own_steps, self.followed = True, plan
         (self.ledger.record if first else self.ledger.amend_last)(plan.event_of(spent, self.step))
 
     def check_budget(self) -> None:
@@ -250,12 +251,13 @@ class PrivacyState:
         self.unledgered = max(self.unledgered, before - self.ledger.num_steps)
 
     def handover(self) -> tuple[Any, ...]:
-        """Return the state, for pickle, from which the parent process continues."""
+        """Return the state from which the parent process continues."""
         return self.ledger.state_dict(), self.plan, self.steps_taken, self.unledgered, self.notes
 
     def take_over(self, handed: tuple[Any, ...]) -> None:
         """Continue from the state of another process."""
         ledger, self.plan, self.step, self.unledgered, notes = handed
+        self.followed = self.plan
         self.ledger = Ledger.from_state_dict(ledger)
         self.take_notes(notes)
 
@@ -293,6 +295,6 @@ class PrivacyState:
         notes = saved.load_notes(checkpoint) if saved.KEY in checkpoint else None
         ledger, self.restored_plan, self.step, self.unledgered = found
         self.ledger = ledger if ledger is current else ledger.resumed()
-        self.plan, self.precision = None, 0.0  # steps that are taken again were not planned for
+        self.plan, self.followed, self.precision = None, None, 0.0  # steps that are taken again were not planned for
         if notes is not None:
             self.take_notes(notes)

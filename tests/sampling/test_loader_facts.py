@@ -67,7 +67,9 @@ def test_stream_keeps_its_order_and_batches(stream: Stream, size: int | None, st
     )
     items = [[(count, batch.tolist()) for count, batch in item.microbatches] for item in loader]
     assert items == [[(1, [0]), (2, [1, 2])], [(1, [3]), (2, [4, 5])], [(1, [6]), (2, [7, 8])], [(1, [9])]]
-    expected = SamplingFacts("shuffle", size, 6, None, steps, add_remove_changes_one_batch=False, accumulate=2)
+    expected = SamplingFacts(
+        "shuffle", size, 6, None, steps, add_remove_changes_one_batch=False, accumulate=2, order=(3, 0, 1)
+    )
     assert loader.facts == expected
 
 

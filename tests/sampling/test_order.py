@@ -211,7 +211,7 @@ def test_facts_of_cyclic() -> None:
 
 def test_facts_of_a_stream_in_a_fixed_order() -> None:
     facts = stream(accumulate=2).facts
-    expected = {"add_remove_changes_one_batch": False, "accumulate": 2}
+    expected = {"add_remove_changes_one_batch": False, "accumulate": 2, "order": (3, 0, 1)}
     assert facts == SamplingFacts("shuffle", 23, 6, None, 4, separation=4, fixed_order=True, **expected)
     assert stream(fixed_order=False).facts.separation is None
     assert stream(Stream()).facts.separation is None

@@ -66,6 +66,56 @@ def test_a_run_that_cannot_go_on_is_refused(
         trainer.fit(Classifier(), make_loader(), ckpt_path=path, weights_only=True)
 
 
+@pytest.mark.parametrize("how", ["in a second fit", "within a fit"])
+def test_a_run_whose_batches_change_is_refused(how: str, tmp_path: Any) -> None:
+    """Under a public assignment: records would come back sooner, and noise be cancelled at another scale."""
+
+    class Growing(Nothing):
+        sizes = iter((16, 32))
+
+        def train_dataloader(self) -> Any:
+            return make_loader(batch_size=next(self.sizes))
+
+    strategy, module = make_strategy(neighboring_relation="zero_out"), Growing()
+    if how == "within a fit":
+        trainer = make_trainer(strategy, tmp_path, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    else:
+        stop = Stop(0.5, tmp_path / "half.ckpt")
+        trainer = make_trainer(strategy, tmp_path, max_epochs=-1, max_steps=4, callbacks=[stop])
+        trainer.fit(module)
+        trainer.should_stop = False
+    with pytest.raises(PrivacyError, match=r"Expected correlation=.* as in the run being resumed"):
+        trainer.fit(module)
+    assert strategy.ledger.num_steps == (4 if how == "within a fit" else 2)
+
+
+@STREAMS
+def test_a_stream_with_other_workers_does_not_resume(tmp_path: Any) -> None:
+    """Workers take turns, so the records of a batch would be others: one could be used twice in a pass."""
+    options = {"sampling": "shuffle", "neighboring_relation": "zero_out", "fixed_order": True}
+    stop = Stop(0.25, path := tmp_path / "stopped.ckpt")
+    loaders = [DataLoader(Stream(), batch_size=16, num_workers=workers) for workers in (0, 1)]
+    trainer = make_trainer(make_strategy(**options), tmp_path, callbacks=[stop])
+    trainer.fit(Classifier(), loaders[0])
+    trainer = make_trainer(make_strategy(**options), tmp_path)
+    with pytest.raises(PrivacyError, match=r"Expected correlation=.*\[16, 0, 1\].*, got .*\[16, 1, 1\]"):
+        trainer.fit(Classifier(), loaders[1], ckpt_path=path, weights_only=True)
+
+
+def test_a_second_release_of_a_batch_is_refused(tmp_path: Any) -> None:
+    """Its records would count at two steps in a row, which the next step alone would find out of place."""
+
+    class Twice(Classifier):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+            optimizer.step()
+
+    strategy = make_strategy()
+    with pytest.raises(PrivacyError, match="Expected each private optimizer to step once per batch"):
+        make_trainer(strategy, tmp_path, max_steps=2).fit(Twice(), make_loader())
+    assert strategy.ledger.mechanisms() == {(1.0, 1.0, 1): 1}
+
+
 def test_a_public_assignment_resumes_within_a_pass(tmp_path: Any) -> None:
     public = {"neighboring_relation": "zero_out"}
     stop = Stop(1.5, path := tmp_path / "stopped.ckpt")
