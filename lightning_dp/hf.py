@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_dp.errors import PrivacyError
 from lightning_dp.loop.run import PrivateLoop
 from lightning_dp.step.arguments import PrivateArguments, make_settings
+from lightning_dp.step.history import apart
 
 if TYPE_CHECKING:
     Base = Any
@@ -153,17 +154,21 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
-        self._private = PrivateLoop(
-            self.model,
-            cast(Optimizer, getattr(self.optimizer, "optimizer", self.optimizer)),
-            loader,
-            self._loss,
-            settings=self.settings,
-            length=(None, steps) if steps > 0 else (int(epochs), None),
-            history=None if self._private is None or self._checkpoint else self._private.ledger,
-            move=self._prepare_inputs,
-            others=lambda: [one for one in (self.control, self.lr_scheduler) if one is not None],
+        earlier, self._private = (
+            self._private,
+            PrivateLoop(
+                self.model,
+                cast(Optimizer, getattr(self.optimizer, "optimizer", self.optimizer)),
+                loader,
+                self._loss,
+                settings=self.settings,
+                length=(None, steps) if steps > 0 else (int(epochs), None),
+                move=self._prepare_inputs,
+                others=lambda: [one for one in (self.control, self.lr_scheduler) if one is not None],
+            ),
         )
+        if earlier is not None and self._checkpoint is None:
+            self._private.state.ledger = apart(earlier.ledger)
         if self._checkpoint is not None:
             self._private.load_state_dict(_read(Path(self._checkpoint) / STATE))
         return self._private.loader

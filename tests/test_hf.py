@@ -13,7 +13,9 @@ from transformers import (
 )
 
 from lightning_dp import PrivacyError
+from lightning_dp.accounting import Ledger, PrivacyEvent
 from lightning_dp.hf import STATE, check_arguments
+from lightning_dp.step.history import carry
 from tests.hf_runs import BATCH, Gradients, PrivateTrainer, arguments, start
 from tests.reference import per_sample_gradients
 
@@ -230,11 +232,15 @@ def test_resumed_run_spends_what_one_run_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_second_training_counts_the_first(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:.*trained by an earlier private run:UserWarning")
+def test_second_training_counts_all_before(tmp_path: Path) -> None:
+    """The first one, and a run of somebody else's on the same model in between."""
     trainer = start(tmp_path, {"noise_multiplier": 1.0}, save_strategy="no", max_steps=2)
     trainer.train()
+    (between := Ledger()).record(PrivacyEvent.gaussian(noise_multiplier=1.0), 5)
+    carry(trainer.model.parameters(), between)
     trainer.train()
-    assert trainer.private.ledger.num_steps == 4
+    assert trainer.private.ledger.num_steps == 9
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,13 @@ class EarlierRuns:
     def __init__(self) -> None:
         self.given: list[Ledger] | None = None
         """Ledgers that the user passed as ``history``; None if there was no such argument."""
+        self._known: list[int] = []  # steps of each given ledger that the run's own ledger holds
         self._found = False
+
+    def begin_after(self, ledgers: list[Ledger], own: Ledger) -> Ledger:
+        """Return a ledger with the steps of the given ledgers; an empty list says that the runs share no record."""
+        self.given, self._known = ledgers, [ledger.num_steps for ledger in ledgers]
+        return joined(ledgers, own)
 
     @property
     def counted(self) -> bool:
@@ -26,6 +32,8 @@ class EarlierRuns:
     def count(self, module: nn.Module, own: Ledger) -> Ledger:
         """Return a ledger with the steps of earlier runs on the parameters of a module, unless ``history`` was given.
 
+        If it was, its runs may have taken steps since.
+
         Args:
             module: the module to be trained.
             own: the ledger of the run.
@@ -33,6 +41,10 @@ class EarlierRuns:
         Raises:
             PrivacyError: an earlier run under another relation or unit.
         """
+        given, known = self.given or [], self._known
+        self._known = [ledger.num_steps for ledger in given]
+        if self._known > known:  # steps that were counted before count once only if this run has taken none
+            own = joined(given if own.num_steps == sum(known) else [*given, own], own)
         missing = [] if self.given is not None else uncounted(module, own)
         if not missing:
             return own

@@ -16,7 +16,7 @@ from lightning_dp.reporting import statement
 from lightning_dp.reporting.notes import RunNotes
 from lightning_dp.step import checkpoint as saved
 from lightning_dp.step.earlier_runs import EarlierRuns
-from lightning_dp.step.history import History, apart, joined, read_history
+from lightning_dp.step.history import History, apart, read_history
 from lightning_dp.step.plan import DPPlan
 from lightning_dp.step.settings import Settings
 
@@ -94,8 +94,7 @@ class PrivacyState:
         Args:
             ledgers: ledgers of the earlier runs; an empty list states that they share no record with this run.
         """
-        self._earlier.given = ledgers
-        self.ledger = joined(ledgers, self.ledger)
+        self.ledger = self._earlier.begin_after(ledgers, self.ledger)
 
     def count_earlier_runs(self, module: nn.Module) -> None:
         """Add what earlier private runs spent on a module's parameters, before noise is calibrated; see EarlierRuns."""

@@ -105,6 +105,16 @@ def test_earlier_runs_on_parameters_are_counted() -> None:
     assert earlier.count(module, Ledger()).num_steps == 0
 
 
+def test_a_history_that_was_given_too_early_counts() -> None:
+    ledger, module = ledger_of(3), nn.Linear(2, 2)
+    state = make_state()
+    state.begin_after([ledger])
+    ledger.record(GAUSSIAN, 4)
+    for _ in range(2):
+        state.count_earlier_runs(module)
+        assert state.ledger.num_steps == 7
+
+
 def test_a_run_that_counts_another_is_added_once() -> None:
     """Steps that the earlier run took after it was counted are missing, and so all of it counts again."""
     module, first, second = nn.Linear(2, 2), ledger_of(3), joined([early := ledger_of(2)], Ledger())
