@@ -29,7 +29,7 @@ from lightning_dp.step.correlation import begin_order
 from lightning_dp.step.history import History
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan
-from lightning_dp.step.planning import build_plan
+from lightning_dp.step.planning import begin_batch, build_plan
 from lightning_dp.step.reduction import Reduction
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.state import PrivacyState
@@ -201,7 +201,7 @@ class PrivateLoop(LoopFacts):
                 "history=<this run>."
             )
         begins_pass = self.loader.use(batch)
-        _ = self.plan
+        begin_batch(self, begins_pass=begins_pass)
         if self._fit is None:
             self._fit = self._begin()
         with kept_generators(self._device), self._guard.working(), self._around(), torch.enable_grad():

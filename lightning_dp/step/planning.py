@@ -10,6 +10,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.run_length import RunLength
 from lightning_dp.sampling import SamplingFacts
 from lightning_dp.step.correlation import check_resumed, plan_correlation
+from lightning_dp.step.facts import StateFacts
 from lightning_dp.step.mechanisms import Mechanisms
 from lightning_dp.step.plan import DPPlan, default_delta
 from lightning_dp.step.settings import Settings
@@ -107,6 +108,27 @@ def build_plan(
     check_resumed(plan.state_dict(), before, start)
     _check_noise_is_enough(plan, mechanisms, start)
     return plan
+
+
+def begin_batch(run: StateFacts, *, begins_pass: bool) -> None:
+    """Make the plan for the next batch; passes that were cut short leave room for fewer, or need more noise."""
+    if begins_pass:
+        _begin_pass(run)
+    _ = run.plan
+
+
+def _begin_pass(run: StateFacts) -> None:
+    state, plan, step = run.state, run.state.plan, run.steps_taken
+    if plan is None or plan.sampling == "poisson" or plan.correlation is not None:
+        return
+    if step % (plan.steps_per_epoch or 1) == 0:
+        return  # as planned
+    if plan.target_epsilon is not None and plan.steps is not None and step < plan.steps:
+        planned = state.ledger.extended(plan.runs(step, plan.steps))
+        if state.accountant.epsilon(planned, plan.delta) > plan.target_epsilon:
+            state.plan = None  # the noise is calibrated again
+            return
+    run.settle_limit()
 
 
 def _check_noise_is_enough(plan: DPPlan, mechanisms: Mechanisms, start: int) -> None:

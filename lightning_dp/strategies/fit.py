@@ -16,6 +16,7 @@ from lightning_dp.sandbox.sandbox import Sandbox, StepGuard
 from lightning_dp.step import checks
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.step.module_checks import LayerChecks
+from lightning_dp.step.planning import begin_batch
 from lightning_dp.step.step import PrivateStep
 from lightning_dp.strategies import _lightning
 from lightning_dp.strategies.counts import Counts
@@ -184,24 +185,23 @@ class PrivateFit:
         return begins
 
     def _begin(self, position: int | None) -> None:
-        step, _ = self.step, self._strategy.plan
         begins = self._trainer.fit_loop.batch_idx == 0 or not self._prepared
-        step.begin(first_of_pass=begins, position=position)
+        begin_batch(self._strategy, begins_pass=begins)
+        self.step.begin(first_of_pass=begins, position=position)
         if begins:
             self._trial.begin_pass()
-        if not (self._prepared and step.engine.has_layout):
+        if not (self._prepared and self.step.engine.has_layout):
             self._host.training.learn_rows(self._device)
             self._trial.prepare()
             self._prepared = True
             self.check_callbacks()
         else:
-            self._trial.repeat(step.state.step, first_of_pass=begins)
+            self._trial.repeat(self.step.state.step, first_of_pass=begins)
 
     def _run_further(self, microbatches: list[tuple[int, Tensor | None, Any] | None]) -> None:
         """Run all microbatches except the real call's in the sandbox, each from the same state.
 
-        Args:
-            microbatches: those to run; None on ranks with fewer than another, where a record of weight 0 runs instead.
+        Where another rank has more, one is None: a record of weight 0 runs instead.
         """
         step = self.step
         counts = None if step.automatic else Counts(self._strategy)

@@ -91,6 +91,26 @@ def test_shuffled_passes_cut_short_are_planned_one_by_one(tmp_path: Path) -> Non
     assert 0 < budget.epsilon() <= 2.0
 
 
+@pytest.mark.parametrize("sampling", ["shuffle", "cyclic"])
+def test_passes_that_hooks_cut_short_keep_target_and_budget(tmp_path: Path, sampling: Any) -> None:
+    """One of four batches per pass: four times the passes that were planned."""
+
+    class Cutting(Classifier):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx else None
+
+    limits: dict[str, Any] = {"max_epochs": -1, "max_steps": 6}
+    strategy = DPStrategy(target_epsilon=3.0, target_delta=1e-3, check_per_sample=False, sampling=sampling)
+    make_trainer(strategy, tmp_path, **limits).fit(Cutting(), make_loader())
+    assert strategy.ledger.num_steps == sum(run.num_passes for run in strategy.ledger.entries) == 6
+    assert 2.9 < strategy.epsilon() <= 3.0
+    budget = private(sampling=sampling, noise_multiplier=1.5)
+    trainer = make_trainer(budget, tmp_path, callbacks=[PrivacyBudget(2.5)], **limits)
+    with pytest.raises(PrivacyError, match="where the privacy budget ends"):
+        trainer.fit(Cutting(), make_loader())
+    assert 1.5 < budget.epsilon() <= 2.5
+
+
 @pytest.mark.parametrize("callbacks", [[], [PrivacyBudget(50.0)]])
 @pytest.mark.one_in(2)
 def test_unplanned_steps_are_refused_under_a_limit(tmp_path: Path, callbacks: list[Any]) -> None:
