@@ -111,7 +111,7 @@ def build_plan(
 
 
 def begin_batch(run: StateFacts, *, begins_pass: bool) -> None:
-    """Make the plan for the next batch; passes that were cut short leave room for fewer, or need more noise."""
+    """Make the plan for the next batch; if passes were cut short, with more noise or fewer steps, as limits require."""
     if begins_pass:
         _begin_pass(run)
     _ = run.plan
