@@ -31,6 +31,9 @@ _DROPOUTS = {
 
 _NARROW = frozenset({torch.bfloat16, torch.float16})
 
+_BLOCK = 4099
+"""Distance of the indices of two blocks of rows, beyond the number of samples of any trial batch."""
+
 #: Draws of which the values of one sample decide how many random numbers are left for the others.
 REJECTING = frozenset({"binomial", "poisson", "_standard_gamma", "_sample_dirichlet", "rrelu_with_noise"})
 
@@ -74,7 +77,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
       a low or high coin), so that a sample sees the same draw alone and in any row of a batch;
     - with ``by_place`` a fixed value for each entry of the drawn tensor, whatever was drawn before, so that a further
       row changes what a mean over rows is (Bernoulli: ``u < p`` with such a value u). Dropout drops each entry of 1,
-      since dropout of ones makes a mask.
+      since dropout of ones makes a mask. With ``block``, an entry's row in its block and the block decide its value.
 
     - Exponential, Cauchy, geometric, Poisson, binomial, gamma and Dirichlet draws follow the same rule, by a
       quantile or a value near the mean. So do draws of places by weights (multinomial).
@@ -90,6 +93,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             rate shows; else a middle coin hides it.
         by_content: dropout drops an entry by its value alone, so that the order of the rows changes nothing, unless
             that would drop all or nothing. Dropout within a kernel is off.
+        block: number of samples, of which drawn tensors may hold several copies one after the other; 0 for no blocks.
     """
 
     def __init__(
@@ -100,10 +104,11 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         only: Container[str] | None = None,
         rates: bool = False,
         by_content: bool = False,
+        block: int = 0,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_place, self.coin, self._only, self._rates = by_place, coin, only, rates
-        self._by_content = by_content
+        self._by_content, self._block = by_content, block
         self.has_draws = False
         """Whether any operation drew random numbers."""
         self.drew = False
@@ -174,7 +179,7 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result.copy_(self._weights(self._dropouts.given, named["p"], result)) if in_dropout else result
         if name == "randperm":
             return result.copy_(torch.arange(result.numel(), device=result.device).roll(-1))
-        uniform = _by_place(result) if self.by_place else None
+        uniform = _by_place(result, self._block) if self.by_place else None
         value = _value(name, named, uniform, self.coin, result)
         if value is None:
             return result
@@ -205,13 +210,18 @@ def _kind_of(func: Any) -> tuple[bool, bool]:
     return torch.Tag.nondeterministic_seeded in func.tags, func.namespace == "c10d"
 
 
-def _by_place(like: torch.Tensor) -> torch.Tensor:
+def _by_place(like: torch.Tensor, block: int) -> torch.Tensor:
     """Return fixed numbers in (0, 1) that look random; the index of each entry determines its number, not the shape:
-    the samples may be along any axis.
+    the samples may be along any axis. Along the first axis of whole blocks, the index is that within the block, and
+    that of the block.
     """
     angles = torch.ones((), dtype=torch.float64, device=like.device)
+    folds = block > 0
     for axis, size in enumerate(like.shape):
-        angles = angles.unsqueeze(-1) + torch.arange(size, device=like.device) * (12.9898 * math.e**axis)
+        places = torch.arange(size, device=like.device)
+        if folds and size % block == 0:
+            places, folds = places % block + places // block * _BLOCK, False
+        angles = angles.unsqueeze(-1) + places * (12.9898 * math.e**axis)
     return (torch.sin(angles) * 43758.5453).frac().abs() * 0.98 + 0.01
 
 

@@ -32,6 +32,7 @@ class Draws:
         far: whether all private parameters are far from their values, so that couplings that these hide show.
         rates: whether rates of dropout and Bernoulli draws show.
         by_content: with ``real``, dropout drops entries by their values, so that the order of the rows changes nothing.
+        by_copy: with ``by_place``, rows of a drawn tensor are those of all samples several times, one after the other.
     """
 
     seed: int = 0
@@ -42,15 +43,17 @@ class Draws:
     far: bool = False
     rates: bool = False
     by_content: bool = False
+    by_copy: bool = False
 
-    def begin(self) -> FrozenRandomness:
-        """Seed the global generators; return the mode that freezes torch's draws while it is entered."""
+    def begin(self, size: int) -> FrozenRandomness:
+        """Seed the global generators; return the mode that freezes torch's draws for ``size`` samples while entered."""
         seed_generators(_FIRST_SEED + self.seed)
         if self.coin != MIDDLE:
             seed_low_or_high(high=self.coin > MIDDLE)
         if self.real:
             return FrozenRandomness(by_place=True, only=REJECTING, by_content=self.by_content)
-        return FrozenRandomness(by_place=self.by_place, coin=self.coin, rates=self.rates)
+        block = size if self.by_copy else 0
+        return FrozenRandomness(by_place=self.by_place, coin=self.coin, rates=self.rates, block=block)
 
     @torch.no_grad()
     def move(self, parameters: Iterable[Tensor]) -> None:

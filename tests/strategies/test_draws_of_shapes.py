@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_dp import DPStrategy
 from lightning_dp.errors import PrivacyError
 from tests.cases import each
-from tests.helpers import make_trainer
+from tests.helpers import Classifier, make_loader, make_trainer
 
 HOWS = ["dropout", "noise", "leaks at random"]
 
@@ -243,3 +243,27 @@ def test_partners_by_a_dropout_or_an_order_are_refused(draw: Any) -> None:
     loader: Any = DataLoader(torch.randn(40, 3), batch_size=8)  # type: ignore[arg-type]
     with pytest.raises(PrivacyError, match="partners that are drawn at random"):
         make_trainer(DPStrategy(noise_multiplier=1.0), None).fit(Partners(draw), loader)
+
+
+class Copies(Classifier):
+    """Sees every record three times, one copy of all records after the other, each with noise of its own."""
+
+    def __init__(self, *, shares: bool) -> None:
+        super().__init__()
+        self.shares = shares
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        copies = batch[0].repeat(3, 1)
+        losses = nn.functional.cross_entropy(
+            self(copies + torch.randn_like(copies)), batch[1].repeat(3), reduction="none"
+        )
+        weights = torch.rand(len(copies)) + 0.5
+        return (losses * weights).sum() / weights.sum() if self.shares else (losses * weights).mean()
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_copies_one_after_the_other_get_their_own_draws(tmp_path: Any, shares: bool) -> None:
+    strategy = DPStrategy(noise_multiplier=1.0, grad_sample="rules")
+    with pytest.raises(PrivacyError, match="only where random draws differ") if shares else nullcontext():
+        make_trainer(strategy, tmp_path).fit(Copies(shares=shares), make_loader())
+    assert strategy.ledger.num_steps == (0 if shares else 4)

@@ -206,6 +206,11 @@ def test_draws_frozen_by_place_show_how_many_rows_were_drawn() -> None:
         assert torch.randint(0, 9, (200,)).unique().numel() == 9
         assert abs(float(torch.empty(1000).exponential_().mean()) - 1) < 0.1
         assert 0 < float(torch.rand(1000).min()) < float(torch.rand(1000).max()) < 1
+    with FrozenRandomness(by_place=True, block=3):
+        three = torch.rand(5, 6, 7)
+    with FrozenRandomness(by_place=True, block=2):
+        assert torch.equal(torch.rand(5, 4, 7), three[:, [0, 1, 3, 4]])  # two copies of two samples of three
+    assert float((three[:, :3] - three[:, 3:]).abs().min()) > 0
 
 
 def test_tiny_datasets_are_checked_as_far_as_they_go(tmp_path: Any, caplog: Any) -> None:
