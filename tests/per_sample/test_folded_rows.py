@@ -104,6 +104,40 @@ def test_a_map_over_samples_does_not_change_the_forward() -> None:
         run_batch(engine, module, data, 4)
 
 
+class BesideNoise(nn.Module):
+    """A network on records and on as many rows that no record's data are in, as a critic of generated rows has it."""
+
+    def __init__(self, *, chooses: bool = False) -> None:
+        super().__init__()
+        self.chooses, self.chosen = chooses, list[int]()
+        self.first, self.last, self.scale = nn.Linear(3, 4), nn.Linear(4, 1), nn.Parameter(drawn(4))
+        self.double()
+
+    def batch_of(self, chosen: list[int]) -> Tensor:
+        self.chosen = [max(number - 1, 0) for number in chosen]  # the noise of the first two is alike, as on trial
+        return _features(6, 3)[chosen]
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.tensor([[1.0, number, -0.3 * number] for number in self.chosen], dtype=x.dtype)
+        real, made = self.last((self.first(torch.cat([x, noise])) * self.scale).tanh()).squeeze(1).chunk(2)
+        losses = nn.functional.softplus(-real) + nn.functional.softplus(made)
+        # other records may have no such row
+        return losses + self.first(x[x[:, 0] > -9.0]).sum(1) if self.chooses else losses
+
+
+def test_rows_without_data_belong_to_records_by_position() -> None:
+    torch.manual_seed(0)
+    module = BesideNoise()
+    assert not assert_agrees(module, module, module.batch_of, size=6).follows_owners
+
+
+def test_rows_without_data_are_refused_where_owners_are_needed() -> None:
+    torch.manual_seed(0)
+    module = BesideNoise(chooses=True)
+    with pytest.raises(PrivacyError, match="some that no sample's data are in"):
+        make(module, module, module.batch_of)
+
+
 @pytest.mark.parametrize("tokens", [2, 3, 4])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("alike", [True, False])

@@ -164,6 +164,9 @@ class Rows:
             else:
                 misplaced = learned.has_folds and (tracker.num_misplaced > 0 or self._owners.has_indices)
                 self.follows_owners = tracker.chooses_rows or tracker.contradicted is not None or misplaced
+                if self.follows_owners and tracker.owns_by_position:
+                    tracker.compares, tracker.learned = False, None
+                    self._try_owners(run, sizes)  # which refuses these rows, since positions do not name their owners
             finally:
                 tracker.compares = False
         unordered = learned.close()

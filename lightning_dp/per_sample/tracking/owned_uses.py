@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample.layout import WAY_OUT, BatchAxis, CallLayout
 from lightning_dp.per_sample.owners.memo import merged
-from lightning_dp.per_sample.owners.owned import Mixed, OwnedAxis, Rows
+from lightning_dp.per_sample.owners.owned import NOBODY, Mixed, OwnedAxis, Rows
 from lightning_dp.per_sample.owners.traits import Traits, traits_of
 from lightning_dp.per_sample.rules.base import Rule
 from lightning_dp.per_sample.tracking import leaves, twice
@@ -35,7 +35,7 @@ def use(
     rows = tracker.follower.owners_of(tensor)
     if isinstance(rows, Mixed):
         return _refuse(func, nodes.values(), rows)
-    compare(tracker, func, nodes.values(), rows, (tensor,))
+    rows = compare(tracker, func, nodes.values(), rows, (tensor,))
     if rows is None:
         return of_constants(tracker, func, args, kwargs, tensor, follows=rule.follows(spec, 0, tensor.dim()))
     axis = _axis_for(rule, spec, rows, tensor)
@@ -47,7 +47,9 @@ def use(
     return twice.recorded(tracker, func, args, kwargs, bound, nodes, made)
 
 
-def compare(tracker: Tracker, func: Any, nodes: Iterable[Node], rows: Rows | None, tensors: Iterable[Tensor]) -> None:
+def compare(
+    tracker: Tracker, func: Any, nodes: Iterable[Node], rows: Rows | None, tensors: Iterable[Tensor]
+) -> Rows | None:
     """Set the order of a use's rows where it is unknown; count the use where positions name other samples than owners,
     and take note of rows that data choose.
 
@@ -57,35 +59,45 @@ def compare(tracker: Tracker, func: Any, nodes: Iterable[Node], rows: Rows | Non
         nodes: its parameters.
         rows: owners; None where it sees no samples.
         tensors: its arguments.
+
+    Returns:
+        The rows, of which those that no sample's data are in, such as noise next to the data, have the owners that
+        positions name, if these name all other owners.
     """
     if not tracker.compares or rows is None:
-        return
+        return rows
     assert tracker.follower is not None
     tracker.chooses_rows |= any(tensor in tracker.follower.chosen for tensor in tensors)
-    for node in nodes:
-        tracker.num_misplaced += not _agrees(tracker, (func.__name__, node.lineage), rows)
+    placed = [_placed(tracker, (func.__name__, node.lineage), rows) for node in nodes]
+    tracker.num_misplaced += placed.count(None)
+    if None in placed or rows.axis is None or not rows.has_nobody:
+        return rows
+    tracker.owns_by_position = True
+    return placed[0]
 
 
-def _agrees(tracker: Tracker, key: tuple[str, int], rows: Rows) -> bool:
-    """Tell whether the positions that were learned name the samples that own the rows; set an unknown order."""
+def _placed(tracker: Tracker, key: tuple[str, int], rows: Rows) -> Rows | None:
+    """Return the owners that the positions that were learned name; None if they are not those of the rows that somebody
+    owns. Set an unknown order.
+    """
     assert tracker.learned is not None
     index, size = tracker.index_of(key), tracker.recorder.batch_size
     if index is None:  # a recomputation: its use was compared before
-        return True
+        return rows
     layout = tracker.learned.layout(key, index)
     axis = next((one for one in layout.inputs if isinstance(one, BatchAxis)), None) if layout is not None else None
     if layout is None or axis is None or rows.axis is None or rows.index.shape[0] != size * axis.multiplicity:
-        return False
-    identity = torch.arange(size, device=rows.index.device)
-    by_sample = torch.equal(rows.index, identity.repeat_interleave(axis.multiplicity))
-    by_row = torch.equal(rows.index, identity.repeat(axis.multiplicity))
-    if by_sample or by_row:
+        return None
+    identity, nobody = torch.arange(size, device=rows.index.device), rows.index == NOBODY
+    orders = {True: identity.repeat_interleave(axis.multiplicity), False: identity.repeat(axis.multiplicity)}
+    fitting = [order for order, owners in orders.items() if bool(((rows.index == owners) | nobody).all())]
+    if len(fitting) == 1:
         for unordered in layout.unordered:
-            unordered.set_order(by_sample)
-    agrees = by_row if axis.sample_major is False else by_sample
-    if not agrees:
-        tracker.contradicted = tracker.contradicted or tracker.learned.labels.get(key, key[0])
-    return agrees
+            unordered.set_order(fitting[0])
+    if (order := axis.sample_major is not False) in fitting and not layout.unordered:
+        return Rows(rows.axis, orders[order])
+    tracker.contradicted = tracker.contradicted or tracker.learned.labels.get(key, key[0])
+    return None
 
 
 def _refuse(func: Any, nodes: Iterable[Node], rows: Mixed) -> NoReturn:
@@ -132,7 +144,8 @@ def general(
     owned = [(tensor, rows) for tensor, rows in found if isinstance(rows, Rows)]
     num_axes = max(tensor.dim() for tensor in tensors)
     rows = merged([(tensor.dim(), rows) for tensor, rows in owned], num_axes, follower.memo)
-    compare(tracker, func, mine.values(), rows if isinstance(rows, Rows) else None, tensors)
+    has_nobody = isinstance(rows, Rows) and rows.has_nobody
+    rows = compare(tracker, func, mine.values(), rows, tensors) if isinstance(rows, Rows) else rows
     for _, unknown in found:
         if isinstance(unknown, Mixed):
             return _refuse(func, mine.values(), unknown)
@@ -157,6 +170,8 @@ def general(
             return run(func, args, kwargs, copies)
     if len(repeated) == len(tracked):
         return run(func, args, kwargs, repeated)
+    if has_nobody:
+        return _refuse_nobody(func, mine.values())
     return over_rows(tracker, func, args, kwargs, tensors, tracked, found)
 
 

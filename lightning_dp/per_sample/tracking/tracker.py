@@ -74,20 +74,20 @@ class Tracker:
         self.contradicted: str | None = None
         """First use of which as many rows as were learned belong to other samples than their positions say."""
         self.tried: set[Hashable] = set()  # operations without a rule whose map over the samples was compared with them
-        self.rows_like: Tensor | None = None
-        """Tensor whose rows have the order of those that the operation which runs is given."""
+        self.rows_like: Tensor | None = None  # whose rows have the order of those that the running operation is given
         self.num_misplaced = 0
         """Uses whose rows belong to other samples than their positions say, as far as both are known."""
         self.differentiates_twice = False
         """Whether uses in a backward that creates a graph are recorded, which costs time."""
         self.spreads_penalties = False  # over the samples; see ``GradientEngine.spread_penalties``
         self.joined: frozenset[int] = frozenset()  # see ``GradientEngine``
-        self.chooses_rows = False
-        """Whether data have chosen the rows of a use while owners were compared: other values may leave other rows."""
+        self.chooses_rows = self.owns_by_position = False
+        """Whether data chose the rows of a use, or rows that hold no data got owners by position, while comparing."""
 
     def begin_comparison(self) -> None:
         """Compare owners of rows with what their positions say, in the microbatches that follow."""
-        self.compares, self.num_misplaced, self.contradicted, self.chooses_rows = True, 0, None, False
+        self.compares, self.num_misplaced, self.contradicted = True, 0, None
+        self.chooses_rows = self.owns_by_position = False
 
     def set_parameters(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Set the parameters that are followed."""
