@@ -42,7 +42,7 @@ def process_settings(names: Names, context: Iterable[ContextVar[Any]]) -> list[V
         found |= {f"environ {word}": (_reader_of(word), _writer_of(word)) for word in names.mentioned}
     for backend in _BACKENDS if "backends" in names.named else ():
         for name in names.attributes:
-            if hasattr(backend, name):
+            if not callable(getattr(backend, name, len)):  # a method is no setting
                 write = functools.partial(setattr, backend, name)
                 found[f"{name} of {type(backend).__name__}"] = functools.partial(getattr, backend, name), write
 

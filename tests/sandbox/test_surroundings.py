@@ -7,7 +7,10 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
+from lightning_dp.sandbox.names import Names
+from lightning_dp.sandbox.process_settings import process_settings
 from lightning_dp.sandbox.surroundings import Surroundings
 from lightning_dp.sandbox.user_variables import UserVariables
 
@@ -34,3 +37,14 @@ def test_containers_of_any_kind_are_looked_through(kind: Any, expected: list[boo
     around = Surroundings([kind([callback])], [], UserVariables([marks]))
     marks(callback)
     assert [value for view in around.watched for value in view.copy().values()] == expected
+
+
+def test_methods_of_backends_are_no_settings() -> None:
+    """Each reading would give another bound method, and none can be set, as peft's layers showed."""
+
+    def step(module: Any) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        setattr(module, "__repr__", None)  # noqa: B010
+
+    (settings,) = process_settings(Names(step.__code__), [])
+    assert [*settings] == ["allow_tf32 of CudnnModule", "allow_tf32 of cuBLASModule"]
