@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
-from tests.per_sample.owners import _collate_graphs, _graph, assert_agrees, make, record
+from tests.per_sample.owners import _collate_graphs, _features, _graph, assert_agrees, make, record
 
 LAYERS: dict[str, nn.Module] = {
     "lstm": nn.LSTM(6, 3),
@@ -90,3 +90,24 @@ def test_a_sequence_that_holds_several_samples_is_refused() -> None:
     module = OneSequence()
     with pytest.raises(PrivacyError, match=r"Expected each sequence of gru to belong to one sample, got rows of sev"):
         make(module, module, batch_of)
+
+
+class Prompt(nn.Module):
+    """States of a layer along a learned prompt, which meet all records, as in P-tuning."""
+
+    def __init__(self, layer: nn.Module, *, repeats: bool) -> None:
+        super().__init__()
+        self.prompt, self.repeats = nn.Parameter(torch.randn(1, 4, 6)), repeats
+        self.layer, self.first = layer, nn.Linear(3, 6)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        prompt = self.prompt.repeat(len(x), 1, 1) if self.repeats else self.prompt
+        return (self.layer(prompt)[0].mean(1) * self.first(x)).sum(1).tanh()
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_layers_on_parameters_alone_agree(repeats: bool) -> None:
+    torch.manual_seed(0)
+    module, data = Prompt(nn.LSTM(6, 3, 2, batch_first=True, bidirectional=True), repeats=repeats), _features(6, 3)
+    assert not assert_agrees(module, module, lambda chosen: data[chosen]).follows_owners

@@ -78,9 +78,9 @@ def _run_layer(
     tracker: Tracker, kind: str, x: Tensor, h0: Tensor, c0: Tensor | None, weights: Weights
 ) -> tuple[Tensor, Tensor | None]:
     """Run one layer in one direction over ``(B, T, features)``; return outputs and, for an LSTM, cells."""
+    if hold_no_data(tracker, x, h0, c0):
+        return of_constants(tracker, kind, x, h0, c0, weights)
     if tracker.follower is not None:
-        if hold_no_data(tracker, x, h0, c0):
-            return of_constants(tracker, kind, x, h0, c0, weights)
         h0, c0 = with_rows_of(tracker, x, h0), None if c0 is None else with_rows_of(tracker, x, c0)
         x = _with_owners_of_states(tracker, kind, x, h0, c0)
     plain = [weight.detach() for weight in weights if weight is not None]

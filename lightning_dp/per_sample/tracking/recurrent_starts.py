@@ -1,7 +1,7 @@
-"""Recurrent layers that start without data, while the owners of rows are followed.
+"""Recurrent layers on inputs without data: functions of parameters, or rows of zeros with which a loop starts.
 
-The rows of zeros with which Set2Set starts say nothing about their owners. The results of a layer for such rows are
-functions of its parameters. They get their owners where they meet data.
+The rows of zeros with which Set2Set starts say nothing about their owners, where these are followed. The results of a
+layer for such rows are functions of its parameters. They get their owners where they meet data.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ _CELLS |= {"rnn_tanh": (cells.rnn_cell, torch.rnn_tanh_cell), "rnn_relu": (cells
 
 
 def hold_no_data(tracker: Tracker, *given: Tensor | None) -> bool:
-    """Tell whether inputs and states of a layer are constants or functions of parameters."""
-    assert tracker.follower is not None
-    return all(one is None or tracker.follower.owners_of(one) is None for one in given)
+    """Tell whether inputs and states of a layer are constants or functions of parameters; without owners, whether its
+    inputs are such functions.
+    """
+    follower = tracker.follower
+    if follower is None:
+        return is_tracked(given[0])
+    return all(one is None or follower.owners_of(one) is None for one in given)
 
 
 def of_constants(
@@ -46,7 +50,7 @@ def of_constants(
         weights: of the layer.
     """
     num = len(x)
-    repeats = num > 1 and all(one is None or _is_one_row(one) for one in (x, h0, c0))
+    repeats = tracker.follower is not None and num > 1 and all(one is None or _is_one_row(one) for one in (x, h0, c0))
     if repeats:
         x, h0, c0 = x[:1], h0[:1], None if c0 is None else c0[:1]
     own = weights.ih, weights.hh, weights.b_ih, weights.b_hh
