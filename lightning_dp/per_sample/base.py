@@ -91,9 +91,10 @@ class GradientEngine(SampleGradients):
 
     listening: bool
     """True if backprops are recorded; set to False around a backward that is not the loss's (adversarial examples)."""
-    joined: frozenset[int] = frozenset()
-    """Lengths of axes of the batch along which parts of unequal length may be joined. The position of a row on such an
-    axis does not tell which record it belongs to."""
+    joined: frozenset[int | tuple[int, ...]] = frozenset()
+    """Lengths of axes of the batch along which parts of unequal length may be joined, and shapes of tensors that have
+    such a length because records are stacked in them. The position of a row on another axis of that length does not
+    tell which record it belongs to."""
 
     @property
     def most_kept(self) -> int:

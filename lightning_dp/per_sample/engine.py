@@ -211,7 +211,7 @@ class PerSampleEngine(GradientEngine):
         self._recorder.begin(batch_size, None if owners is None else Joining(owners))
         self._tracker.joined = self.joined
         self._tracker.start()
-        if self._rows.follows_owners:
+        if self._rows.follows(batch_size, self.joined):
             self._tracker.follow(batch_size, self._layers.now().buffers())
 
     @override

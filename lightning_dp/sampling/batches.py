@@ -52,7 +52,7 @@ class LogicalBatch:
         self.owners: list[Tensor | None] = [None] * len(self.microbatches) if owners is None else list(owners)
         self.position: int | None = None  # of the logical batch in the order of the data, where that matters; public
         self.exchanged: Any = None  # the last microbatch with one record exchanged, see ``LoadingWatch``; private
-        self.joined: frozenset[int] = frozenset()  # lengths of unequal parts that are joined; private
+        self.joined: frozenset[int | tuple[int, ...]] = frozenset()  # see ``GradientEngine``; private
         self.read: list[set[Any]] = [set() for _ in self.microbatches]  # values that user code has read; private
         self.changed: Mapping[Any, Any] = {}  # what loading it has changed in this process, as it was before; private
         self.draw: Any = None  # the indices that it was read at, where the dataset has random access; private
@@ -134,7 +134,7 @@ class Watch(Protocol):
     def check(self, function: Collate, records: list[Any], batch: Any) -> None:
         """Check that indices in a collated batch name what is of the same record."""
 
-    def unequal(self, function: Collate, records: list[Any]) -> Callable[[Any], set[int]]:
+    def unequal(self, function: Collate, records: list[Any]) -> Callable[[Any], set[int | tuple[int, ...]]]:
         """Return, before records are collated, a function that returns the lengths at which the collated batch joins
         unequal parts of them.
         """
@@ -179,7 +179,7 @@ class MicrobatchCollate:
         microbatches: list[tuple[int, Any]] = []
         owners: list[Tensor | None] = []
         read: list[set[Any]] = []
-        exchanged, joined = None, set[int]()
+        exchanged, joined = None, set[int | tuple[int, ...]]()
         for first, last in itertools.pairwise(self._cuts(counts, 1 if alone else self.microbatch_size)):
             chosen = samples[starts[first] : starts[last]]
             lengths = None if self.watch is None else self.watch.unequal(self.collate_fn, chosen)

@@ -47,9 +47,10 @@ def unequal_sums(records: list[Any]) -> set[int]:
     return {sum(column) for column in columns.values() if len(column) < len(records) or len({*column}) > 1}
 
 
-def joined_lengths(sums: set[int], num_records: int, stacked: Counter[Any], batch: Any) -> set[int]:
+def joined_lengths(sums: set[int], num_records: int, stacked: Counter[Any], batch: Any) -> set[int | tuple[int, ...]]:
     """Return the sums that are lengths of axes of a batch. A sum that happens to be the number of records counts only
-    at a tensor that no other part of a record explains, with one entry for each record.
+    at a tensor that no other part of a record explains, with one entry for each record; if there is one, the shapes
+    that only tensors have which are explained so are returned too.
 
     Args:
         sums: of lengths that differ from record to record.
@@ -63,16 +64,19 @@ def joined_lengths(sums: set[int], num_records: int, stacked: Counter[Any], batc
         >>> first, second = zip(*records)
         >>> [joined_lengths({3}, 3, stacked_shapes(records[0]), (torch.stack(first), *more))
         ...  for more in ([second], [torch.cat(second)])]
-        [set(), {3}]
+        [set(), {3, (3, 4)}]
     """
-    left, found = stacked.copy(), set[int]()
+    left, found, explained, joined = stacked.copy(), set[int](), set[tuple[int, ...]](), set[tuple[int, ...]]()
     for shape in shapes_in(batch):
         lengths = sums.intersection(shape)
         if num_records in lengths and left[rest := _rest(shape, num_records)] > 0:
             left[rest] -= 1
             lengths.discard(num_records)
-        found |= lengths
-    return found
+            explained.add(shape)
+        if lengths:
+            joined.add(shape)
+            found |= lengths
+    return {*found, *(explained - joined)} if found else set()
 
 
 def stacked_shapes(record: Any) -> Counter[Any]:

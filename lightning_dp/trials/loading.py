@@ -106,7 +106,9 @@ class LoadingWatch:
         if is_own(function):
             check_shifted(records, batch)
 
-    def unequal(self, function: Callable[[list[Any]], Any], records: list[Any]) -> Callable[[Any], set[int]]:
+    def unequal(
+        self, function: Callable[[list[Any]], Any], records: list[Any]
+    ) -> Callable[[Any], set[int | tuple[int, ...]]]:
         """Return a function that finds joined parts of records in their batch; torch's own function joins none."""
         sums = unequal_sums(records) if is_own(function) else set()
         if not sums:

@@ -98,20 +98,25 @@ RAGGED = [2, 1, 3, 2, 1, 3]
 @pytest.mark.parametrize("num", [1, 3])
 def test_positions_of_unequal_rows_are_refused(num: int) -> None:
     regular, irregular = ([num * each for each in nums] for nums in (EACH, UNEQUAL))
-    with pytest.raises(PrivacyError, match=r"(?s)records with unequal numbers of rows.*sample_of_row"):
+    with pytest.raises(PrivacyError, match=r"(?s)unequal (numbers of rows|parts of records).*sample_of_row"):
         train(OneSet(), sets(regular, regular), sets(irregular, irregular), join_one)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_lengths_in_the_batch_name_the_records_of_rows() -> None:
     inner, irregular = TwoSets(), sets(UNEQUAL, RAGGED)
-    found = train(inner, sets(EACH, RAGGED), irregular, join)
+    _assert_sum_of_each(inner, train(inner, sets(EACH, RAGGED), irregular, join), irregular, join)
+
+
+def _assert_sum_of_each(inner: nn.Module, found: Any, records: Sets, collate: Any) -> None:
     expected = {name: torch.zeros_like(p) for name, p in inner.named_parameters()}
-    for record in irregular:
+    for record in records:
         inner.zero_grad()
-        inner(join([record])).sum().backward()
-        norm = torch.cat([p.grad.flatten() for p in inner.parameters()]).norm()  # type: ignore[union-attr]
+        inner(collate([record])).sum().backward()
+        norm = torch.cat([p.grad.flatten() for p in inner.parameters() if p.grad is not None]).norm()
         for name, p in inner.named_parameters():
+            if p.grad is None:
+                continue
             expected[name] += p.grad * min(1.0, 0.1 / float(norm)) / NUM  # type: ignore[operator]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
 
@@ -148,6 +153,35 @@ class Boxes(Tensor): ...
 
 
 class Points(list[Any]): ...
+
+
+class Pictures(TwoSets):
+    """The losses of records that are a picture with boxes, whose first column has the number of the picture."""
+
+    def __init__(self, *, reads_boxes: bool) -> None:
+        super().__init__()
+        self.reads_boxes = reads_boxes
+
+    def forward(self, batch: Any) -> Tensor:
+        pictures, boxes = batch
+        owners, made = boxes[:, 0].long(), self.first(pictures).squeeze(1)
+        wanted = self.second(boxes[:, 1:]) if self.reads_boxes else boxes[:, 2:]
+        return made.square().sum(1).index_add(0, owners, (made[owners] * wanted).square().sum(1))
+
+
+def join_boxes(records: Sets) -> Any:
+    owners = torch.arange(len(records)).repeat_interleave(torch.tensor([len(boxes) for boxes, _ in records]))
+    boxes = torch.cat([owners[:, None], torch.cat([boxes for boxes, _ in records])], 1)
+    return torch.stack([picture for _, picture in records]), boxes
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("reads_boxes", [False, True])
+def test_stacked_records_stay_known_next_to_as_many_rows(reads_boxes: bool) -> None:
+    inner, irregular = Pictures(reads_boxes=reads_boxes), sets(UNEQUAL, EACH)
+    _assert_sum_of_each(
+        inner, train(inner, sets([0, 2, 3, 2, 0, 3], EACH), irregular, join_boxes), irregular, join_boxes
+    )
 
 
 @each(
@@ -190,9 +224,10 @@ def test_names_in_another_order_are_the_same_parts() -> None:
         ([1.0], [torch.zeros(3), torch.zeros(3)], {3}),
         ([[1, 2]], [torch.zeros(3, 2)], set()),
         ([], [torch.zeros(6, 2)], set()),
+        ([torch.zeros(4, 5)], [torch.zeros(3, 5, 4), torch.zeros(3, 2)], {3, (3, 5, 4)}),
     ],
 )
-def test_joined_parts_are_told_from_stacked_ones(others: list[Any], made: list[Tensor], expected: set[int]) -> None:
+def test_joined_parts_are_told_from_stacked_ones(others: list[Any], made: list[Tensor], expected: set[Any]) -> None:
     records = [{"set": [0] * num, **dict(enumerate(others))} for num in (2, 0, 1)]
     stacked = stacked_shapes(records[0]) & stacked_shapes(records[-1])
     assert joined_lengths(unequal_sums(records), len(records), stacked, made) == expected

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dp.per_sample.owners.batch_owners import BatchOwners
+from lightning_dp.per_sample.owners.counting import counted
 from lightning_dp.per_sample.owners.following import Follower
+from lightning_dp.per_sample.owners.memo import Memo
 from lightning_dp.per_sample.owners.owned import Mixed, Rows
 from lightning_dp.per_sample.tracking.tracker import Tracker
 from lightning_dp.per_sample.tracking.uses import Recorder
+from tests.cases import each
 from tests.per_sample.owners import (
     GCN,
     Graphs,
@@ -171,7 +174,7 @@ def test_sample_of_row_gives_the_owners_of_sets(where: str) -> None:
     assert assert_agrees(module, loss, batch_of).follows_owners
 
 
-@pytest.mark.parametrize("named_by", ["lengths", "list of lengths", "ends", "samples"])
+@pytest.mark.parametrize("named_by", ["lengths", "list of lengths", "ends", "samples", "column", "column of floats"])
 def test_whole_numbers_of_a_batch_name_the_owners(named_by: str) -> None:
     torch.manual_seed(0)
     module, sets = DeepSet(), [_features(1 + (5 * i) % 7, 2, seed=i) for i in range(4)]
@@ -182,7 +185,9 @@ def test_whole_numbers_of_a_batch_name_the_owners(named_by: str) -> None:
             "lengths": lengths,
             "list of lengths": lengths.tolist(),
             "ends": torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
-            "samples": torch.arange(len(chosen)).repeat_interleave(lengths),
+            "samples": (index := torch.arange(len(chosen)).repeat_interleave(lengths)),
+            "column": torch.stack([index, index * 0 + 7], 1),  # as of voxels
+            "column of floats": torch.stack([index.float(), torch.rand(len(index))], 1),  # as of boxes
         }
         return torch.cat([sets[i] for i in chosen]), numbers[named_by], lengths.tolist, torch.zeros(len(chosen))
 
@@ -264,3 +269,21 @@ def test_instances_of_bags_agree_with_batches_of_one() -> None:
         return module["head"](torch.stack(pooled)).squeeze(1).square()
 
     assert assert_agrees(module, loss, lambda chosen: [bags[i] for i in chosen]).follows_owners
+
+
+@each(
+    "column, expected",
+    [
+        ([0, 0, 1, 2, 2, 3, 4, 4], True),
+        ([1, 1, 3, 3], True),  # every other record has no row
+        ([1, 1, 3, 3, 3], False),
+        ([1, 1, 4, 4], False),
+        ([3, 3, 1, 1], False),
+        ([0.5, 1.0, 2.0, 3.0], False),
+        ([1.0, 1.0, 3.0, float("inf")], False),
+    ],
+)
+def test_a_column_that_names_samples_shows_two_records_in_turn(column: list[Any], expected: bool) -> None:
+    table = torch.stack([torch.tensor(column), torch.rand(len(column))], 1)
+    found = counted([((), table)], 5, Memo(), learns=True)
+    assert [rows.index.tolist() for rows in found.values()] == ([column] if expected else [])

@@ -10,7 +10,8 @@ The owner of a row is the sample that it belongs to. These name owners:
                           the graph of its first node
     ``PackedSequence``    an index from its ``batch_sizes``
     whole numbers         of a tensor of R rows that nothing else describes: the sample of each row, in the order of
-                          the samples; lengths that add up to R; positions 0 ... R at which samples begin and end
+                          the samples, also in the first column of a table; lengths that add up to R; positions
+                          0 ... R at which samples begin and end
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class BatchOwners:
                 known[path] = [kind for kind in kinds if kind in fitting or kind[1].startswith(stay)]
             found = fitting[0] if fitting else None
             if isinstance(thing, Tensor):
-                joins = not follower.tracker.joined.isdisjoint(thing.shape)
+                joined = follower.tracker.joined
+                joins = not joined.isdisjoint(thing.shape) and tuple(thing.shape) not in joined
                 found = _settled(fitting, thing, follower, indices) if joins else found
                 follower.note(thing, _TWO_WAYS if joins and not found else _owners_of(found, thing, follower, indices))
                 if found is not None and found[1] != "sample":  # other records may have other numbers of rows

@@ -19,25 +19,42 @@ def counted(things: list[tuple[Path, Any]], size: int, memo: Memo, *, learns: bo
         things: in the batch.
         size: number of samples.
         memo: of the microbatch.
-        learns: whether the sample of each row must name all samples in their order to be taken for that.
+        learns: whether two records fill the batch in turn; the sample of each row must show that to be taken for that.
     """
     found: dict[str, Rows] = {}
     rows = {thing.shape[0] for _, thing in things if isinstance(thing, Tensor) and thing.dim()}
     for path, thing in things:
-        if not _holds_integers(thing) or not len(thing):
+        numbers, owners = _numbers_in(thing), None
+        if numbers is None or not len(numbers):
             continue
-        numbers, owners = torch.as_tensor(thing), None
-        first, last, steps = int(numbers[0]), int(numbers[-1]), numbers.diff()
-        if len(thing) == size and int(numbers.min()) >= 0 and int(numbers.sum()) in rows:  # lengths
+        first, last, steps, is_whole = int(numbers[0]), int(numbers[-1]), numbers.diff(), _holds_integers(thing)
+        if is_whole and len(thing) == size and int(numbers.min()) >= 0 and int(numbers.sum()) in rows:  # lengths
             owners = torch.arange(size, device=numbers.device).repeat_interleave(numbers)
-        elif len(thing) == size + 1 and first == 0 and last in rows and bool((steps >= 0).all()):  # ends
+        elif is_whole and len(thing) == size + 1 and first == 0 and last in rows and bool((steps >= 0).all()):  # ends
             owners = torch.arange(size, device=numbers.device).repeat_interleave(steps)
         elif isinstance(thing, Tensor) and 0 <= int(numbers.min()) <= int(numbers.max()) < size:  # samples
-            in_order = (first, last) == (0, size - 1) and bool(((steps == 0) | (steps == 1)).all())
-            owners = numbers.to(torch.int64, copy=True) if in_order or not learns else None
+            owners = numbers.to(torch.int64, copy=True)
+            owners = owners if not learns or _is_in_turn(owners, size) else None
         if owners is not None:
             found[f"counted {path}"] = memo.hold(Rows(0, owners))
     return found
+
+
+def _is_in_turn(owners: Tensor, size: int) -> bool:
+    """Tell whether owners come in the order of the samples, of which every second one has equally many rows."""
+    counts = owners.bincount(minlength=size)
+    return bool((owners.diff() >= 0).all()) and torch.equal(counts[2:], counts[:-2])
+
+
+def _numbers_in(thing: Any) -> Tensor | None:
+    """Return the whole numbers of a thing: all, or those in the first of several columns, as of boxes or voxels."""
+    if _holds_integers(thing):
+        return torch.as_tensor(thing)
+    is_table = isinstance(thing, Tensor) and thing.dim() == 2 and thing.shape[1] > 1
+    if not is_table or thing.is_complex() or thing.dtype == torch.bool:
+        return None
+    column: Tensor = thing[:, 0]
+    return column if not column.is_floating_point() or bool((column.frac() == 0).all()) else None
 
 
 def _holds_integers(thing: Any) -> bool:

@@ -100,7 +100,7 @@ class Learned:
         index_of: Callable[[Key], int | None],
         tensors: Sequence[Tensor],
         size: int,
-        joined: frozenset[int] = frozenset(),
+        joined: frozenset[int | tuple[int, ...]] = frozenset(),
     ) -> CallLayout | str | None:
         """Return the plan of a use, or the reason for not having one.
 
@@ -109,7 +109,7 @@ class Learned:
             index_of: returns how many operations of its kind came before it; None in a recomputation.
             tensors: its first tensors, or all of them.
             size: number of samples.
-            joined: lengths at which unequal parts of records are joined.
+            joined: see ``GradientEngine``.
         """
         found: Plan
         if key in self._common:
@@ -135,15 +135,16 @@ class Learned:
         if isinstance(found, Unclear):
             return f"but {found.reason}."
         if joined and found is not None and _is_at(found, tensors, joined):
+            lengths = sorted(one for one in joined if isinstance(one, int))
             return (
-                f"got records with unequal numbers of rows, {sorted(joined)} together. Equal numbers could give as "
+                f"got records with unequal numbers of rows, {lengths} together. Equal numbers could give as "
                 "many, but positions do not tell whose these are: let the batch name the record of each row "
                 "(sample_of_row);"
             )
         return found
 
 
-def _is_at(plan: CallLayout, tensors: Sequence[Tensor], lengths: frozenset[int]) -> bool:
+def _is_at(plan: CallLayout, tensors: Sequence[Tensor], lengths: frozenset[int | tuple[int, ...]]) -> bool:
     """Tell whether an axis over the samples has one of some lengths."""
     pairs = zip(plan.inputs, tensors, strict=False)
     return any(isinstance(axis, BatchAxis) and tensor.shape[axis.axis] in lengths for axis, tensor in pairs)

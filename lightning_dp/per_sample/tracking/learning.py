@@ -38,6 +38,7 @@ class Rows:
         self._learning_size: int | None = None
         self.follows_owners = False
         """Whether rows belong to samples by an index that is followed through the step, not by their positions."""
+        self._may_follow = False  # owners could be followed as well, and name the samples that positions name
         self._prefers_owners = False
 
     @property
@@ -45,6 +46,16 @@ class Rows:
         """True if every use of every parameter is understood, or its rows are followed."""
         learned = self._tracker.learned
         return self.follows_owners or (learned is not None and self._tracker.parameters.keys() <= learned.names)
+
+    def follows(self, size: int, joined: frozenset[int | tuple[int, ...]]) -> bool:
+        """Tell whether owners are followed through a batch: always, or where positions may mislead.
+
+        Args:
+            size: number of samples.
+            joined: see ``GradientEngine``.
+        """
+        misleads = size > 1 and any(isinstance(one, int) and one % size == 0 for one in joined)
+        return self.follows_owners or (misleads and self._may_follow)
 
     def prefer_owners(self) -> bool:
         """Follow owners when the layout is learned again, because positions misled; return False if that is not new."""
@@ -69,7 +80,7 @@ class Rows:
             PrivacyError: rows cannot be given to samples, neither by position nor by owners.
         """
         if not more:
-            self.follows_owners = False
+            self.follows_owners = self._may_follow = False
             self._owners.forget()
             self._tracker.repeats.clear()
         grads = {parameter: parameter.grad for parameter in self._module.parameters()}
@@ -138,7 +149,7 @@ class Rows:
 
     def _settle(self, run: Callable[[int], object], sizes: tuple[int, int], *, alike: bool, more: bool) -> None:
         """Check that each sample has K rows in the learned order whatever the data are; else follow the owners."""
-        learned, tracker, reason = self._tracker.learned, self._tracker, ""
+        learned, tracker, reason, self._may_follow = self._tracker.learned, self._tracker, "", False
         assert learned is not None
         if self._owners.was_seen:
             self._learning_size = None
@@ -164,6 +175,7 @@ class Rows:
             else:
                 misplaced = learned.has_folds and (tracker.num_misplaced > 0 or self._owners.has_indices)
                 self.follows_owners = tracker.chooses_rows or tracker.contradicted is not None or misplaced
+                self._may_follow = not tracker.owns_by_position
                 if self.follows_owners and tracker.owns_by_position:
                     tracker.compares, tracker.learned = False, None
                     self._try_owners(run, sizes)  # which refuses these rows, since positions do not name their owners

@@ -80,7 +80,7 @@ class Tracker:
         self.differentiates_twice = False
         """Whether uses in a backward that creates a graph are recorded, which costs time."""
         self.spreads_penalties = False  # over the samples; see ``GradientEngine.spread_penalties``
-        self.joined: frozenset[int] = frozenset()  # see ``GradientEngine``
+        self.joined: frozenset[int | tuple[int, ...]] = frozenset()  # see ``GradientEngine``
         self.chooses_rows = self.owns_by_position = False
         """Whether data chose the rows of a use, or rows that hold no data got owners by position, while comparing."""
 
