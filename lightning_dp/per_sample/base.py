@@ -178,6 +178,9 @@ class GradientEngine(SampleGradients):
     def discard(self, names: Iterable[str] | None = None) -> None:
         """Forget the backprops received so far for these parameters (None: all), as ``zero_grad`` does."""
 
+    def take_written(self, names: Iterable[str]) -> None:
+        """Take gradients of parameters that user code wrote to ``.grad`` by itself, if it can see one sample alone."""
+
     @abstractmethod
     def has_backprops(self, names: Iterable[str]) -> bool:
         """Tell whether any of these parameters has received a backprop that was not discarded."""

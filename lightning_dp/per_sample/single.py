@@ -46,6 +46,7 @@ class SingleSampleEngine(GradientEngine):
         self._handles: list[Any] = []
         self._attached = False
         self._active = False
+        self._released = set[str]()  # names of parameters whose ``.grad`` is private in this microbatch
         self._size = 1
         self._sample: dict[str, Tensor] = {}
         self._before: dict[str, Tensor | None] = {}
@@ -104,18 +105,31 @@ class SingleSampleEngine(GradientEngine):
 
     def _collector(self, name: str) -> Callable[[Tensor], None]:
         def collect(parameter: Tensor) -> None:
-            grad = parameter.grad
-            if grad is None or not self._active:
-                return
-            parameter.grad = None
-            if not self.listening:
-                return
-            grad = real_view(grad)
-            if grad.layout != torch.strided or grad.requires_grad or grad.dtype not in _WIDE:
-                grad = widen((grad if grad.layout == torch.strided else grad.to_dense()).detach())
-            self._sample[name] = self._sample[name] + grad if name in self._sample else grad
+            grad = self._taken_from(parameter)
+            if grad is not None:
+                self._sample[name] = self._sample[name] + grad if name in self._sample else grad
 
         return collect
+
+    def _taken_from(self, parameter: Tensor) -> Tensor | None:
+        """Take the contents of ``.grad``; return them, if there are any to record."""
+        grad = parameter.grad
+        if grad is None or not self._active:
+            return None
+        parameter.grad = None
+        if not self.listening:
+            return None
+        grad = real_view(grad)
+        if grad.layout != torch.strided or grad.requires_grad or grad.dtype not in _WIDE:
+            grad = widen((grad if grad.layout == torch.strided else grad.to_dense()).detach())
+        return grad
+
+    @override
+    def take_written(self, names: Iterable[str]) -> None:
+        for name in names:
+            grad = None if name in self._released else self._taken_from(self._parameters[name])
+            if grad is not None:  # in place of what a backward has made
+                self._sample[name] = grad
 
     @override
     def begin(self, batch_size: int, owners: Tensor | None = None) -> None:
@@ -132,13 +146,14 @@ class SingleSampleEngine(GradientEngine):
         for name, grad in self._before.items():
             if grad is not None:
                 self._parameters[name].grad = None
-        self._active = True
+        self._active, self._released = True, set()
 
     @override
     def discard(self, names: Iterable[str] | None = None) -> None:
         for name in list(self._parameters) if names is None else names:
             self._sample.pop(name, None)
             self._before.pop(name, None)
+            self._released.discard(name)
 
     @override
     def has_backprops(self, names: Iterable[str]) -> bool:
@@ -166,6 +181,7 @@ class SingleSampleEngine(GradientEngine):
         """Keep the present ``.grad`` of these parameters when the microbatch ends."""
         for name in names:
             self._before.pop(name, None)
+            self._released.add(name)
 
     @override
     def check_tracked(self) -> None:

@@ -43,8 +43,7 @@ from lightning_dp.step.state import PrivacyState
 class PrivateStep:
     """The private step of one fit, which turns the samples of each logical batch into a private gradient.
 
-    It uses torch, the pillars of this package and a ``Reduction``, but not Lightning. One adapter per way to train
-    calls its methods in order.
+    It uses torch, the pillars and a ``Reduction``, but not Lightning. Adapters call its methods in order.
 
     **Guarantee**: ``p.grad`` of a private parameter never holds a raw gradient; after ``release``
 
@@ -251,6 +250,7 @@ class PrivateStep:
             microbatch_size=1 if self.runs_samples_alone else self.settings.microbatch_size,
         )
         self.recording.collected.append(optimizer)
+        self.engine.take_written(self.accumulators[optimizer].names)
         self.collect(optimizer)
 
     def discard(self, optimizer: int) -> None:

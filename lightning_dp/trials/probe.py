@@ -99,8 +99,12 @@ class Probe:
     def collect(self, optimizer: int) -> None:
         """Take the gradients of an optimizer at the point where a real run would step it."""
         step = self._step
-        self.stepped.append(optimizer)
         own = step.parameters.of(optimizer)
+        for name in self._handles.keys() & own.keys() if optimizer not in self.stepped else ():
+            if own[name].grad is not None:  # user code has written it by itself
+                self._raw.pop(name, None)
+                self._taker(name)(own[name])
+        self.stepped.append(optimizer)
         names = list(own)
         if optimizer in step.settings.public_optimizers:
             self.public |= {n: p.grad.detach().clone() for n, p in own.items() if p.grad is not None}

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dp import DPStrategy, PrivacyError
 from lightning_dp.trials.trial import NUM_SPREAD
 from tests.helpers import make_trainer
-from tests.strategies.test_ways import CLASSES, FEATURES, NUM, Model, fit
+from tests.strategies.test_ways import CLASSES, FEATURES, NUM, Model, data, fit
 
 
 class Meta(Model):
@@ -64,6 +64,55 @@ def test_inner_loops_of_meta_learning_run_one_at_a_time() -> None:
     assert fit(InnerLoop()).strategy.state.runs_alone
     with pytest.raises(PrivacyError, match=r"^Expected gradients of data within a step, got those of 'weight'"):
         fit(InnerLoop(), grad_sample="rules")
+
+
+class ByHand(Model):
+    """Adds the gradients of two losses by itself, as a step that compares the gradients of tasks does."""
+
+    def __init__(self, *, projects: bool) -> None:
+        super().__init__()
+        self.automatic_optimization, self.projects = False, projects
+        self.released: list[Tensor] = []
+
+    def by_hand(self, batch: Any) -> list[Tensor]:
+        logits, weights = self.head(batch[0] @ self.weight), [*self.parameters()]
+        task = torch.autograd.grad(F.cross_entropy(logits, batch[1]), weights, retain_graph=True)
+        other = torch.autograd.grad(logits.square().mean(), weights)
+        share = sum((a * b).sum() for a, b in zip(task, other, strict=True)) if self.projects else 1.0
+        return [a + share * b for a, b in zip(task, other, strict=True)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for parameter, gradient in zip(self.parameters(), self.by_hand(batch), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.released = [parameter.grad.clone() for parameter in self.parameters()]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("projects", [False, True])
+def test_gradients_written_by_hand_are_those_of_records(projects: bool) -> None:
+    module, records = ByHand(projects=projects), TensorDataset(*(tensor[:8] for tensor in data().tensors))
+    options: dict[str, Any] = {
+        "noise_multiplier": 0.0,
+        "max_grad_norm": 0.2,
+        "sampling": "shuffle",
+        "target_delta": 1e-3,
+    }
+    if projects:
+        with pytest.raises(PrivacyError, match="samples influence each other"):
+            make_trainer(DPStrategy(**options), None).fit(module, DataLoader(records, batch_size=8))
+        options["grad_sample"] = "single"  # each record's own gradient counts
+    alone = [module.by_hand([tensor[None] for tensor in record]) for record in records]
+    norms = [torch.cat([gradient.flatten() for gradient in one]).norm() for one in alone]
+    factors = [min(1.0, 0.2 / float(norm)) / 8 for norm in norms]
+    expected = [sum(g * f for g, f in zip(each, factors, strict=True)) for each in zip(*alone, strict=True)]
+    strategy = DPStrategy(**options)
+    make_trainer(strategy, None, max_epochs=1).fit(module, DataLoader(records, batch_size=8))
+    assert strategy.state.runs_alone is not projects
+    torch.testing.assert_close(module.released, expected, rtol=1e-4, atol=1e-7)
 
 
 class Experts(L.LightningModule):
