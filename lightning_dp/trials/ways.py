@@ -29,7 +29,6 @@ _COUPLED = (
     "a time would train another objective without a word. Change the layer or the loss so that each sample has its "
     "own; where samples share no more than a denominator, per_sample_loss=True counts each record's own loss."
 )
-_UNSEEN = "Whether samples influence each other cannot be seen; one record at a time could train another objective."
 
 
 class OneByOne:
@@ -239,7 +238,7 @@ class OneByOne:
         """
         few = chosen_records.differing(records)[: NUM_ALONE + 1]
         if len(few) < 2:
-            raise ComparisonError(f"{len(few)} record is too little to tell. {_UNSEEN}")
+            raise ComparisonError(f"{len(few)} record is too little to tell whether samples influence each other.")
         shown = [self._check_batch(snapshot, few[:NUM_ALONE], MIDDLE)]
         if len(few) > NUM_ALONE:
             shown.append(self._check_batch(snapshot, [*few[1:NUM_ALONE], few[-1]], MIDDLE))
@@ -247,7 +246,7 @@ class OneByOne:
             shown.append(self._check_batch(snapshot, few[:NUM_ALONE], coin))
         self._check_exchange(snapshot, self._couplings.real_records(seed), seed)
         if first and not any(shown):
-            raise ComparisonError(f"Gradients that are all zero are too little to tell. {_UNSEEN}")
+            raise ComparisonError("Gradients that are all zero are too little to tell whether samples are independent.")
 
     def _check_batch(self, snapshot: Snapshot, records: list[Any], coin: float) -> bool:
         draws = Draws(seed=1, coin=coin)
