@@ -17,7 +17,7 @@ _MOST = 256
 
 def is_own_function(value: Any) -> bool:
     """Tell whether something is a function that is not of Python, torch, Lightning or this package."""
-    return isinstance(value, types.FunctionType) and value.__module__.partition(".")[0] not in NOT_OWN
+    return isinstance(value, types.FunctionType) and str(value.__module__).partition(".")[0] not in NOT_OWN
 
 
 def content_of(cell: types.CellType) -> Any:

@@ -154,8 +154,8 @@ class UserVariables:
         return self._globals.setdefault(id(held), (held, set()))[1]
 
 
-def _package_of(module: str) -> str:
-    return module.partition(".")[0]
+def _package_of(module: str | None) -> str:
+    return str(module).partition(".")[0]
 
 
 def _may_keep(value: Any, function: Any) -> bool:

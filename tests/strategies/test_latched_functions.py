@@ -136,3 +136,12 @@ def test_functions_are_found_once_and_not_without_end() -> None:
     ring.append(ring)
     assert functions_in(ring) == [function]
     assert len(functions_in([latch() for _ in range(1_000)])) < 300
+
+
+def test_functions_without_a_module_are_the_users(tmp_path: Any) -> None:
+    """As those that scipy makes by ``exec``, which layers of speechbrain hold."""
+    made: dict[str, Any] = {"__name__": None}
+    exec("def loss_of(loss, words): return loss / 2", made)
+    assert made["loss_of"].__module__ is None
+    assert steps_of_fit(tmp_path, Latched(lambda held: made["loss_of"])) == STEPS
+    assert functions_in([made["loss_of"]]) == [made["loss_of"]]
