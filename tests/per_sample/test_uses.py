@@ -36,6 +36,9 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "keyword":
             return self.second(input=self.first(input=x).relu())
+        if self.how == "keywords of products":
+            hidden = torch.matmul(input=x, other=self.first.weight.t()) + torch.zeros_like(input=self.first.bias)
+            return torch.tensordot(a=hidden.relu(), b=self.second.weight.t(), dims=1) + self.second.bias
         if self.how == "in place":
             return self.second(F.relu_(self.first(x)))
         if self.how == "in place on the second":
@@ -76,6 +79,7 @@ class Net(nn.Module):
 HOWS = [
     "plain",
     "keyword",
+    "keywords of products",
     "in place",
     "in place on the second",
     "in place on a view",

@@ -14,6 +14,8 @@ NO_TENSORS = frozenset((int, float, bool, str, type(None), slice, type(Ellipsis)
 """Common types of arguments that hold no tensors."""
 
 _CONTAINERS = frozenset((tuple, list, dict))
+_FIRST = ("input", "a", "mat1", "other", "mat2", "vec", "b")
+"""Names that torch gives to the first arguments of operations, in their order."""
 
 
 def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
@@ -81,3 +83,17 @@ def with_other_values(tensor: Tensor) -> Tensor:
         return copied
     steps = torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device)
     return copied + steps.reshape(tensor.shape).to(tensor.dtype)
+
+
+def by_position(function: Callable[..., Any], tracker: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """Return the result of a handler of an operation, which gets the first arguments by position.
+
+    Args:
+        function: the handler.
+        tracker: follows the parameters.
+        func: the operation.
+        args: its arguments.
+        kwargs: its keyword arguments, as in ``torch.matmul(input=x, other=weight)``.
+    """
+    named = [kwargs[name] for name in _FIRST if name in kwargs]
+    return function(tracker, func, *args, *named, **{name: kwargs[name] for name in kwargs if name not in _FIRST})

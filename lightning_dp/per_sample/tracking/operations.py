@@ -19,6 +19,7 @@ from lightning_dp.per_sample.rules.embedding import EmbeddingRule
 from lightning_dp.per_sample.rules.linear import LinearRule
 from lightning_dp.per_sample.rules.norm import GroupNormRule, InstanceNormRule, LayerNormRule, RMSNormRule
 from lightning_dp.per_sample.tracking import assigning, bags, cells, composites, recurrent
+from lightning_dp.per_sample.tracking.arguments import by_position
 from lightning_dp.per_sample.tracking.nodes import is_tracked
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ GENERAL = Operation(_general)
 
 
 def _composite(function: Callable[..., Any]) -> Operation:
-    return Operation(lambda tracker, func, args, kwargs: function(tracker, func, *args, **kwargs), is_composite=True)
+    return Operation(functools.partial(by_position, function), is_composite=True)
 
 
 def _entered(tracker: Tracker, func: Any, args: Any, kwargs: Any) -> Any:
