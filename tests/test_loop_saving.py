@@ -155,3 +155,16 @@ def test_weights_of_an_open_run_are_known() -> None:
             second._model.load_state_dict(model.state_dict())
             with pytest.raises(PrivacyError, match="trained by an earlier private run of 3 steps, which this run does"):
                 train(second, 2)
+
+
+def test_each_resume_of_one_state_counts_its_own_steps() -> None:
+    model = make_model()
+    with start(model, noise_multiplier=1.0) as private:
+        train(private, 2)
+        saved, weights = private.state_dict(), copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        model.load_state_dict(weights)
+        with start(model, noise_multiplier=1.0) as private:
+            private.load_state_dict(saved)
+            train(private, 3)
+            assert private.ledger.num_steps == 3

@@ -246,6 +246,7 @@ class PrivateLoop(LoopFacts):
                     "Expected no extra_records in a loop of your own, got some. Audit with canaries in gradient space "
                     "(mechanisms.add(canaries=...)), or under a Trainer."
                 )
+            saving.note_loaded(self._model, self._loaded)
             state.count_earlier_runs(self._model)
             state.plan = build_plan(state, self.settings, self._drawn.facts, self.mechanisms, self._length)
             self.settle_limit()

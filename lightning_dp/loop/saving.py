@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.step import checkpoint as saved
+from lightning_dp.step.history import note_checkpoint
 from lightning_dp.step.settings import Settings
 from lightning_dp.step.state import PrivacyState
 
@@ -29,6 +30,12 @@ def load(state: PrivacyState, loaded: Any) -> None:
     """
     steps = loaded.get("global_step") if isinstance(loaded, dict) else None
     state.load({saved.KEY: loaded, "global_step": steps}, allow_public=False, one_step_a_batch=False)
+
+
+def note_loaded(model: nn.Module, loaded: dict[str, Any] | None) -> None:
+    """Record whose weights a model holds if they were saved with a loaded state."""
+    if loaded is not None and loaded.get(saved.WEIGHTS) == digest(model):
+        note_checkpoint(model, {saved.KEY: loaded})
 
 
 def check_loaded(

@@ -142,16 +142,18 @@ def of_first_rank(own: Ledger, state: dict[str, Any]) -> Ledger:
     return ledger
 
 
-def carry(parameters: Iterable[nn.Parameter], ledger: Ledger) -> None:
-    """Record that a private run trains these parameters, before their values change."""
+def carry(parameters: Iterable[nn.Parameter], ledger: Ledger, *, loaded: bool = False) -> None:
+    """Record that a private run trains these parameters, before their values change, or that it has written them."""
     for parameter in parameters:
         key = id(parameter)
         if key not in _carried:
             weakref.finalize(parameter, _carried.pop, key, None)
             _carried[key] = (weakref.ref(parameter), {}, _print_of(parameter))
-        for run in ledger.runs:  # what an earlier run did after its checkpoint is overwritten where another resumes
-            _carried[key][1].pop(run, None)
-        _carried[key][1][_run_of(ledger)] = ledger
+        ledgers = _carried[key][1]
+        for run, other in list(ledgers.items()):  # what a run did after its checkpoint is overwritten by loading that
+            if run in ledger.runs or (loaded and other.lineage == ledger.lineage):
+                del ledgers[run]
+        ledgers[_run_of(ledger)] = ledger
 
 
 def note_values(parameters: Iterable[nn.Parameter]) -> None:
@@ -235,11 +237,11 @@ def _ledgers_of(parameter: Tensor) -> Lineages:
     return found
 
 
-def note_checkpoint(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+def note_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Record that the parameters of a module come from a checkpoint, if a private run wrote it."""
     state = checkpoint.get(saved.KEY)
     if isinstance(state, dict) and "ledger" in state:
-        carry(module.parameters(), Ledger.from_state_dict(state["ledger"]))
+        carry(module.parameters(), Ledger.from_state_dict(state["ledger"]), loaded=True)
 
 
 def uncounted(module: nn.Module, own: Ledger) -> list[tuple[str, Ledger]]:

@@ -16,6 +16,7 @@ from lightning_dp import _messages
 from lightning_dp.fix import fix
 from lightning_dp.sampling import LogicalBatch, PrivateDataLoader, one_loader, private_dataloader
 from lightning_dp.step import checks, correlation
+from lightning_dp.step.history import note_checkpoint
 from lightning_dp.strategies import _lightning, trainer_checks
 from lightning_dp.strategies.facts import RunFacts
 from lightning_dp.strategies.hooks import has_transfer
@@ -41,6 +42,7 @@ class TrainingInputs(RunFacts, Strategy):
         """Load weights after ``fix=True`` has replaced layers, because the weights belong to the new layers."""
         self.fix_layers()
         super().load_model_state_dict(checkpoint, strict)
+        note_checkpoint(self.module, checkpoint)
 
     def _take_training_data(self) -> None:
         """Convert the training data of this fit, whatever its form, to one loader."""

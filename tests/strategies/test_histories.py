@@ -38,6 +38,36 @@ def test_a_second_strategy_counts_what_the_first_has_spent(tmp_path: Path) -> No
     assert run(Classifier(), tmp_path).ledger.num_steps == 4
 
 
+def test_each_resume_of_one_checkpoint_counts_its_own_steps(tmp_path: Path) -> None:
+    """The weights that a module had before are gone; those of another branch that are loaded in place count."""
+    module, path, first = Classifier(), tmp_path / "one.ckpt", Classifier()
+    run(first, tmp_path).trainer.save_checkpoint(path)
+    branches = []
+    for _ in range(2):
+        strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, check_per_sample=False)
+        trainer = make_trainer(strategy, tmp_path, max_epochs=2)
+        trainer.fit(module, make_loader(), ckpt_path=path, weights_only=True)
+        branches.append(copy.deepcopy(module.state_dict()))
+        assert strategy.ledger.num_steps == 8
+    module.load_state_dict(branches[0])
+    with pytest.warns(UserWarning, match="its 8 steps count towards epsilon here, too"):
+        make_trainer(strategy, tmp_path).fit(module, make_loader())
+    assert strategy.ledger.num_steps == 20  # the steps of the checkpoint, which both branches hold, count twice
+
+
+@COUNTED
+def test_weights_that_a_trainer_tests_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "one.ckpt"
+    run(Classifier(), tmp_path).trainer.save_checkpoint(path)
+    for known in ("_values", "_carried"):  # as in another process
+        monkeypatch.setattr(f"lightning_dp.step.history.{known}", {})
+    strategy, module = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, check_per_sample=False), Classifier()
+    trainer = make_trainer(strategy, tmp_path)
+    trainer.test(module, make_loader(), ckpt_path=path, weights_only=True, verbose=False)
+    trainer.fit(module, make_loader())
+    assert strategy.ledger.num_steps == 8
+
+
 def test_an_empty_history_states_that_runs_share_no_record(tmp_path: Path) -> None:
     module = Classifier()
     run(module, tmp_path)
