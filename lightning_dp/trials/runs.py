@@ -54,9 +54,8 @@ class TrialRuns:
 
     def __init__(self, step: PrivateStep, host: Host, sandbox: Sandbox) -> None:
         self.step, self.sandbox, host.layers = step, sandbox, step.parameters.layers
-        self.host = ForeignCode(
-            host, reduction=lambda: step.state.loss_reduction, runs_alone=step.settings.runs_samples_alone
-        )
+        alone = step.settings.runs_samples_alone
+        self.host = ForeignCode(host, reduction=lambda: step.state.loss_reduction, runs_alone=alone)
         self.loss_form = LossForm()
         self.exchanged: Exchanged | None = None
         """A real batch, and what becomes of it by an exchange that changes values of other records in a new way."""
@@ -71,8 +70,7 @@ class TrialRuns:
         self.raised_on: list[Any] = []
         """Records of the last run that raised."""
         self._draws: bool | None = None  # whether user code has drawn by torch in any run; None before the first
-        # seed and coin -> states of the generators of torch, and of those of numpy and Python
-        self._seeded: dict[tuple[int, float], tuple[Any, Any]] = {}
+        self._seeded: dict[tuple[int, float], tuple[Any, Any]] = {}  # by seed and coin: generators of torch, and others
         self.look: Callable[[], Any] = lambda: None  # at what user code may write, see ``Look``
         self._is_narrow = False  # whether gradients have flowed through numbers of 16 bits in any run
         self._bar: Any = None
@@ -119,11 +117,11 @@ class TrialRuns:
 
     def transfer(self, batch: LogicalBatch) -> Any:
         """Move the last microbatch to the device, and watch, now and then, what mixes its records on the way."""
-        off, move = self.step.runs_samples_alone or not self.step.settings.check_per_sample, self.host.training.move
-        if off:
-            return move(batch.microbatches[-1][1])
+        given, move = batch.microbatches[-1][1], self.host.training.move
+        if self.step.runs_samples_alone or not self.step.settings.check_per_sample:
+            return move(given)
         with Readings() as readings, self.loss_form.watching():
-            moved = move(batch.microbatches[-1][1])
+            moved = move(given)
         batch.read[-1] |= readings.take()
         if batch.exchanged is not None:
             self._see_exchanged(batch.exchanged)
