@@ -51,7 +51,7 @@ def _numbers_in(thing: Any) -> Tensor | None:
     if _holds_integers(thing):
         return torch.as_tensor(thing)
     is_table = isinstance(thing, Tensor) and thing.dim() == 2 and thing.shape[1] > 1
-    if not is_table or thing.is_complex() or thing.dtype == torch.bool:
+    if not is_table or thing.layout != torch.strided or thing.is_complex() or thing.dtype == torch.bool:
         return None
     column: Tensor = thing[:, 0]
     return column if not column.is_floating_point() or bool((column.frac() == 0).all()) else None
