@@ -33,9 +33,10 @@ class Readings:
 
     **Guarantee**: noted is each value that ``bool``, ``int``, ``float``, an index, ``.item()`` or ``torch.equal``
     returns, with the line of user code that asks; of a tensor that becomes a list or an array, its least and largest
-    value, or all whole numbers if it has few entries; of rows that a mask or ``nonzero`` chooses, how many there are.
+    value, or all whole numbers if it has few entries; of what ``nonzero`` or ``unique`` gives, the number of rows.
     Whole numbers up to 2 (up to 63 in lists and arrays) differ from all others; larger ones and fractions differ by
-    their power of two, and of 16. NOT noted: words, and values that other threads read.
+    their power of two, and of 16. NOT noted: words; rows that a mask as an index gives, because tensors whose class has
+    an own ``__getitem__`` count as sequences, also without axes; and what other threads read.
     """
 
     def __init__(self) -> None:
@@ -134,7 +135,6 @@ def _functions() -> Iterator[tuple[Any, str, Tell, Callable[..., bool]]]:
         yield Tensor, name, _number, _always
     for name in ("tolist", "numpy", "__dlpack__"):
         yield Tensor, name, _values, _always
-    yield Tensor, "__getitem__", _rows, _by_mask
     yield torch, "where", _rows, _of_tuple
     yield torch, "_unique2", _rows, _always  # called by ``unique``, which scripts know by its own code
     for owner in (torch, Tensor):
@@ -151,16 +151,6 @@ def _always(_: Any, __: Any) -> bool:
 
 def _of_tuple(_: Any, result: Any) -> bool:
     return isinstance(result, tuple)
-
-
-def _by_mask(args: Any, _: Any) -> bool:
-    return _has_mask(args[1])
-
-
-def _has_mask(index: Any) -> bool:
-    if isinstance(index, (tuple, list)):
-        return any(map(_has_mask, index))
-    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
 def _number(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
