@@ -208,6 +208,7 @@ def rows() -> list[dict[str, str]]:
                 "way": found.get("way", ""),
                 "step to plain": str(found.get("ratio", "")),
                 "pairs": str(found.get("pairs", "")),
+                "steps of a block": str(found.get("block", "")),
                 "agreement": f"{found['differs']:.0e}" if "differs" in found else "",
                 "in float64": f"{found['differs64']:.0e}" if "differs64" in found else "",
                 "message, first sentence": message[:240],
@@ -234,7 +235,7 @@ def write_tables() -> None:
     about = (
         "Made by `python -m benchmarks.public_modules`. Ratios are medians over pairs of blocks of steps, plain and "
         "private in turn on one core, of the median steps without the loader, in processor time of one thread on a "
-        "shared machine, at toy size. "
+        "shared machine, at toy size. Where no block is given, whole fits took turns, and ratios are lower. "
         '"Agreement" is the largest difference between per-sample gradients in a batch and those of samples run alone, '
         "relative to the largest gradient, in float32 and, where it was measured and the package trains in it, in "
         "float64. EfficientNet leaves one pixel to its last groups. Llama, T5, Mamba and x-transformers compute norms "

@@ -115,8 +115,7 @@ class PrivacyState:
         """Return the epsilon spent so far; public.
 
         Args:
-            delta: in (0, 1); default: the plan's, or that of the checkpoint being resumed.
-
+            delta: in (0, 1); default: the plan's, or that of the checkpoint being resumed. Without steps: ValueError.
         """
         if self.ledger.num_steps == 0:
             raise ValueError(
