@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-SIDES = ("plain", "private")
 BLOCK_SECONDS, LEAST, MOST = 0.2, 3, 16
 """Length of a block of plain steps, and how many there are at least and at most."""
 WARM_STEPS, WARM_SECONDS = 48, 30.0

@@ -154,18 +154,16 @@ class PrivateTrainerMixin(Base):  # type: ignore[misc]
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
-        earlier, self._private = (
-            self._private,
-            PrivateLoop(
-                self.model,
-                cast(Optimizer, getattr(self.optimizer, "optimizer", self.optimizer)),
-                loader,
-                self._loss,
-                settings=self.settings,
-                length=(None, steps) if steps > 0 else (int(epochs), None),
-                move=self._prepare_inputs,
-                others=lambda: [one for one in (self.control, self.lr_scheduler) if one is not None],
-            ),
+        earlier = self._private
+        self._private = PrivateLoop(
+            self.model,
+            cast(Optimizer, getattr(self.optimizer, "optimizer", self.optimizer)),
+            loader,
+            self._loss,
+            settings=self.settings,
+            length=(None, steps) if steps > 0 else (int(epochs), None),
+            move=self._prepare_inputs,
+            others=lambda: [one for one in (self.control, self.lr_scheduler) if one is not None],
         )
         if earlier is not None and self._checkpoint is None:
             self._private.state.ledger = apart(earlier.ledger)

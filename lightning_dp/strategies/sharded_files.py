@@ -108,7 +108,7 @@ def check(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def read_meta(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """Return what a folder holds beyond tensors."""
+    """Return the metadata file of a folder: everything that is no tensor."""
     meta: dict[str, Any] = torch.load(path / META, map_location="cpu", weights_only=weights_only)
     return meta
 
