@@ -29,6 +29,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_dp.per_sample._torch import array_of
+
 SECURE_DRAWS = 4  # uniform words a secure normal is made of
 _STATE_BYTES = 5056  # of torch's CPU generator: seed, words left, seeded, next word, 624 words, cached normals
 _STATE_WORDS = slice(24, 24 + 624 * 8)
@@ -67,7 +69,7 @@ def _mkl_stream(generator: Callable[..., Any], seed: np.random.SeedSequence) -> 
         if noise.dtype == torch.float64:  # one draw takes 2^32 values, enough for float32 only
             values += state.normal(0.0, std, noise.numel(), "ICDF")
             values *= math.sqrt(0.5)
-        noise.numpy()[:] = values
+        array_of(noise)[:] = values
 
     return fill
 
@@ -124,7 +126,7 @@ def _numpy_stream(seed: np.random.SeedSequence) -> Stream:
     generator = np.random.Generator(np.random.SFC64(seed))
 
     def fill(noise: Tensor, std: float) -> None:
-        values = noise.numpy()
+        values = array_of(noise)
         generator.standard_normal(out=values, dtype=values.dtype.type)
         values *= std
 

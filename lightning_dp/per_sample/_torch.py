@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable
@@ -29,6 +30,13 @@ unreported: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFu
 
 unfollowed: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunction
 """Returns a context in which neither tracked tensors nor torch function modes see operations."""
+
+
+number_in: Callable[[Tensor], Any] = Tensor.item
+"""Returns the number in a tensor of one entry, as ``item``, also while others watch what user code reads."""
+
+array_of: Callable[[Tensor], Any] = Tensor.numpy
+"""Returns the values of a tensor as an array over the same memory, as ``numpy``, without being watched."""
 
 
 def innermost_mode() -> object:
@@ -141,21 +149,27 @@ def is_compiled(code: Any) -> bool:
 def uncompiled() -> AbstractContextManager[object]:
     """Return a context in which compiled code runs eagerly; code that is called under a mode would else stay eager."""
     frames = sys.modules.get("torch._dynamo.eval_frame")
-    return nullcontext() if frames is None else _Eager(frames)
+    return nullcontext() if frames is None else _eager(frames)
+
+
+@functools.cache
+def _eager(frames: Any) -> _Eager:
+    return _Eager(frames)
 
 
 class _Eager:
     """``torch.compiler.set_stance("force_eager")`` in a tenth of its time, since every step enters it."""
 
     def __init__(self, frames: Any) -> None:
-        self._frames = frames
+        self._frames, self._stance = frames, frames.DynamoStance("force_eager")
+        self._before: list[Any] = []
 
     def __enter__(self) -> None:
-        frames = self._frames
-        self._before, frames._stance = frames._stance, frames.DynamoStance("force_eager")
+        self._before.append(self._frames._stance)
+        self._frames._stance = self._stance
 
     def __exit__(self, *error: object) -> None:
-        self._frames._stance = self._before
+        self._frames._stance = self._before.pop()
 
 
 class UnrolledMaps:
@@ -191,6 +205,17 @@ class UnrolledMaps:
         parts = zip(*(leaves for leaves, _ in found), strict=True)
         whole = [each[0] if axis is None else torch.stack(each, axis) for axis, each in zip(axes, parts, strict=True)]
         return pytree.tree_unflatten(whole, found[0][1])
+
+
+def views_like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Return views of a buffer, one after the other, in the shapes of tensors, in one call.
+
+    Example:
+        >>> [each.tolist() for each in views_like(torch.arange(3), [torch.empty(2, 1), torch.empty(1)])]
+        [[[0], [1]], [2]]
+    """
+    views = torch._C._nn.unflatten_dense_tensors(flat, tensors)
+    return [view if view.numel() else view.view(like.shape) for view, like in zip(views, tensors, strict=True)]
 
 
 def add_scaled(targets: list[Tensor], tensors: list[Tensor], factor: float) -> None:

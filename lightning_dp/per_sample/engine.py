@@ -206,7 +206,8 @@ class PerSampleEngine(GradientEngine):
                 "Expected learn_layout before begin, got parameters whose modules were not seen. Run learn_layout "
                 f"again after layers were unfrozen, or {WAY_OUT}."
             )
-        self.end()
+        if self._recorder.active or self._tracker.is_started:
+            self.end()
         self._had_grad = {name for name, parameter in self._parameters.items() if parameter.grad is not None}
         self._recorder.begin(batch_size, None if owners is None else Joining(owners))
         self._tracker.joined = self.joined

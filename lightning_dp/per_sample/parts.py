@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.masks.parameter_mask import ParameterMask
-from lightning_dp.per_sample._torch import real_view
+from lightning_dp.per_sample._torch import number_in, real_view
 from lightning_dp.per_sample.combining import add_combined, is_joined, norm_of
 from lightning_dp.per_sample.pulling import pulled_back
 from lightning_dp.per_sample.rules.base import squared_norm
@@ -174,7 +174,7 @@ class Parts:
                 out[name].add_(masks[name].select(total) if name in masks else total)
 
         self._forget_older()
-        dead = factors == 0 if int(factors.count_nonzero()) < factors.numel() else None
+        dead = factors == 0 if number_in(factors.count_nonzero()) < factors.numel() else None
         for row, group in enumerate(groups):
             lost = None if dead is None else dead[row]
             joined = self._joined.get(tuple(group))

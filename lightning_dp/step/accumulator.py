@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_dp.clipping import Clipping
 from lightning_dp.masks import ParameterMask
 from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise
-from lightning_dp.per_sample._torch import real_view
+from lightning_dp.per_sample._torch import real_view, views_like
 from lightning_dp.per_sample.targets import Places, Targets, places_of
 from lightning_dp.system.local import as_gradient, local_part
 
@@ -48,6 +48,7 @@ class Accumulator:
         parts = {name: real_view(local_part(parameter).detach()) for name, parameter in self.parameters.items()}
         double = any(part.dtype == torch.float64 for part in parts.values())
         self._shapes = {name: part.shape for name, part in parts.items()}
+        self._like = [torch.empty(shape, device="meta") for shape in self._shapes.values()]
         self._sizes = [shape.numel() for shape in self._shapes.values()]
         self.num_coordinates = sum(self._sizes)
         self.num_statistics = num_statistics
@@ -164,8 +165,7 @@ class Accumulator:
 
     def views_of(self, flat: Tensor) -> dict[str, Tensor]:
         """Return views of a buffer of shape (P,), one per parameter, by parameter name."""
-        parts = torch.split(flat, self._sizes)
-        return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+        return dict(zip(self.names, views_like(flat, self._like), strict=True))
 
     def holds(self, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Tell whether this accumulator was made for exactly these parameters, on their current device."""
@@ -289,5 +289,7 @@ class Accumulator:
             parameter = self.parameters[name]
             if parameter.is_complex():
                 gradient = torch.view_as_complex(gradient.clone())
-            parameter.grad = as_gradient(gradient.to(parameter.dtype), parameter) if parameter.requires_grad else None
+            if gradient.dtype != parameter.dtype:
+                gradient = gradient.to(parameter.dtype)
+            parameter.grad = as_gradient(gradient, parameter) if parameter.requires_grad else None
         self._forget()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.clipping.base import SMALLEST_FACTOR
+from lightning_dp.per_sample._torch import number_in
 from lightning_dp.per_sample.base import SampleGradients
 from lightning_dp.step.accumulator import Accumulator
 from lightning_dp.step.reduction import Reduction
@@ -67,7 +68,7 @@ class Samples:
         """Add the sum of ``factor * gradient`` over the samples to the accumulator."""
         accumulator = self._accumulator
         weights = self._scaled(factors_GB, accumulator.divisor)
-        if not (weights.numel() and float(weights.min()) >= SMALLEST_FACTOR):
+        if not (weights.numel() and number_in(weights.min()) >= SMALLEST_FACTOR):
             weights = torch.where(weights >= SMALLEST_FACTOR, weights, 0.0)
         if self._reduction.is_sharded:
             _ = self.norms  # every rank communicates for them, whether they are read or not

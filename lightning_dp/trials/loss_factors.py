@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dp.per_sample._torch import number_in
 from lightning_dp.system.torch_private import divisor_of, size_of_result
 
 MOST = 256
@@ -111,7 +112,7 @@ class LossFactors:
         """Read what the backwards since the last call have left; tell whether factors are new since ``settle``."""
         found, self._found = self._found, []
         for name, gradient, divisor, count in found:
-            factor = float(gradient.reshape(-1)[0]) / (float(divisor) or math.nan)
+            factor = number_in(gradient.reshape(-1)[0] if gradient.dim() else gradient) / (float(divisor) or math.nan)
             digits = _DIGITS.get(gradient.dtype, 5)
             one, of_record = f"{factor:.{digits}g}", f"{factor * count:.{digits}g}"
             known = self._known.get(name, set())

@@ -7,7 +7,7 @@ and its own ``backward`` gives the gradients of that sample. This costs less tha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,13 +118,10 @@ class Replays:
         self._rules.update((one, Replayed(one)) for one in new)
         return bool(new)
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Let these classes report their private parameters, within the context."""
-        with ExitStack() as stack:
-            for rule in self._rules.values():
-                stack.enter_context(rule.installed())
-            yield
+    @property
+    def rules(self) -> list[Replayed]:
+        """Rules that run these classes again for each sample."""
+        return [*self._rules.values()]
 
 
 def _no_gradients(values: Mapping[str, Any], backprop: Tensor) -> Mapping[str, Tensor]:

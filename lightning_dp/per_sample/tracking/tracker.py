@@ -65,7 +65,7 @@ class Tracker:
         self.function_class: type[Function] = reporting_class(Function, self)
         self._replaced: list[tuple[Tensor, type[Any]]] = []
         self._around = ExitStack()
-        self._started = False
+        self.is_started = False
         self.has_custom = False
         """Whether some functions of parameters are results of a ``torch.autograd.Function``."""
         self.follower: Follower | None = None
@@ -100,7 +100,7 @@ class Tracker:
         """Make the parameters report every operation on them."""
         self._counts, self.untracked, self.has_custom = {}, set(), False
         watch_order(on=True)
-        self._started = True
+        self.is_started = True
         for parameter in self.parameters.values():
             plain = type(parameter)
             if plain not in self._classes:
@@ -109,7 +109,8 @@ class Tracker:
             parameter.__class__ = self._classes[plain]
         self._around.enter_context(uncompiled())  # compiled code does not report its operations
         self._around.enter_context(UnrolledMaps(is_tracked))
-        self._around.enter_context(self.replays.installed())
+        for rule in self.replays.rules:
+            self._around.enter_context(rule.installed())
 
     def follow(self, size: int, constants: list[Tensor]) -> None:
         """Follow the owners of rows through every operation, until :meth:`stop`."""
@@ -121,8 +122,8 @@ class Tracker:
         if self.follower is not None:
             self.follower.__exit__(None, None, None)
             self.follower = None
-        if self._started:
-            self._started = False
+        if self.is_started:
+            self.is_started = False
             watch_order(on=False)
         for parameter, plain in self._replaced:
             parameter.__class__ = plain
