@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import is_view, memory_of
+from lightning_dp.per_sample._torch import memory_of, unfollowed
 from lightning_dp.per_sample.owners.choices import chooses_by_others
 from lightning_dp.per_sample.owners.following import Follower
 from lightning_dp.per_sample.owners.loss_kinds import (
@@ -33,8 +33,9 @@ from lightning_dp.per_sample.owners.loss_kinds import (
     weights_of,
 )
 from lightning_dp.per_sample.owners.owned import MIXED, Mixed, Rows
-from lightning_dp.per_sample.owners.places import Places
+from lightning_dp.per_sample.owners.places import Places, PlacesOf, of_records
 from lightning_dp.per_sample.owners.telling import Telling
+from lightning_dp.per_sample.owners.traits import SHOWS_NO_ENTRY
 from lightning_dp.per_sample.tracking.arguments import tensors_in
 from lightning_dp.per_sample.tracking.nodes import is_tracked
 
@@ -72,15 +73,16 @@ class OwnLosses(Telling):
     ) -> None:
         super().__init__()
         self._size, self._sums, self._owners = size, reduction == "sum", owners
-        self._constants = [*constants]
-        self._ids = set(map(id, self._constants))
-        self._memory: set[int] | None = None  # addresses of the constants, once they are asked for
+        self._places = PlacesOf(size, constants, owners)
         self._rows: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._found: dict[int, Tensor] = {}  # memory -> positions of values; held, so that it stays theirs
         self.figures: list[tuple[Hashable, Tensor]] = []
         """Values of no record that losses of records were computed with, each with a key; they may follow the batch."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in SHOWS_NO_ENTRY:
+            with unfollowed():  # of no interest to the mode that follows owners
+                return func(*args, **kwargs) if kwargs else func(*args)
         kwargs, kind = kwargs or {}, kind_of(func)
         if func is torch.where and len(args) + len(kwargs) == 1:  # as nonzero
             kind = "selection"
@@ -98,7 +100,10 @@ class OwnLosses(Telling):
             if self._rows and len(args) == 1 and not kwargs:
                 rows = self._of_stack(args[0])
         elif kind == "selection":
-            return self._selected(func, args, kwargs)
+            out = func(*args, **kwargs)
+            with unfollowed():
+                self._check_selection(func.__name__, args, kwargs, out)
+            return out
         else:
             return self._of_scalars(func, args, kwargs)
         return func(*args, **kwargs) if rows is None else self._joined(rows, func, args, kwargs)
@@ -117,8 +122,12 @@ class OwnLosses(Telling):
 
     def _joined(self, rows: Tensor, func: Any, args: Any, kwargs: Any) -> Tensor:
         """Return the scalar of the batch, and note what it is for each record."""
-        if rows.is_floating_point() and (rows.requires_grad or getattr(func, "__name__", "") not in EXTREMES):
-            value = self._combined(rows)
+        name = getattr(func, "__name__", "")
+        if rows.is_floating_point() and (rows.requires_grad or name not in EXTREMES):
+            with unfollowed():
+                value = self._combined(rows)
+            if (follower := self._owners()) is not None:
+                follower.note(value, Mixed(name))
         else:  # a count: no gradient flows through it
             value = func(*args, **kwargs)
         self._rows[id(value)] = (weakref.ref(value), rows)
@@ -128,23 +137,6 @@ class OwnLosses(Telling):
         """Return the sum or mean of the records' values; one that is not finite counts as 0, as its gradient does."""
         finite = torch.where(rows.isfinite(), rows, 0.0)
         return finite.sum(0) if self._sums else finite.mean(0)
-
-    def _places(self, tensor: Any) -> Places | None:
-        """Return which rows of a tensor belong to which records; None if it has none, or nothing tells."""
-        if not isinstance(tensor, Tensor) or is_tracked(tensor) or not tensor.dim():
-            return None
-        if self._size == 1:
-            return Places(1, len(tensor))
-        if (follower := self._owners()) is not None:
-            rows = follower.owners_of(tensor)
-            if rows is None and len(tensor) == self._size and not self._is_constant(tensor) and _repeats(tensor):
-                rows = follower.samples(tensor.device)  # such as a length for each record, in torch.full
-            if not isinstance(rows, Rows) or rows.axis != 0 or rows.has_nobody:
-                return None
-            return Places(self._size, len(tensor), rows.index, follower)
-        num = tensor.shape[0]
-        by_position = num > 0 and num % self._size == 0 and not self._is_constant(tensor)
-        return Places(self._size, num) if by_position else None
 
     def _check_unmixed(self, func: Any, tensor: Any) -> None:
         """Refuse a loss of rows that are known to mix records: it is not made of losses of the records."""
@@ -158,21 +150,12 @@ class OwnLosses(Telling):
         """Take note of a value of no record that meets the losses of records; refuse one that records have mixed."""
         if self._known(tensor) is not None or is_tracked(tensor) or self._places(tensor) is not None:
             return
-        owners = None if (follower := self._owners()) is None else follower.owners_of(tensor)
-        if owners is not None and owners is not MIXED and self._size > 1:  # else it was made outside of the step
-            raise _unknown(f"{func.__name__} with a value that other records have a part in")
-        if not self._is_constant(tensor):
-            self.figures.append((("own loss", func.__name__), tensor))
-
-    def _is_constant(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor is a parameter or a buffer, or a view of one."""
-        if id(tensor) in self._ids:
-            return True
-        if tensor.grad_fn is not None and not is_view(tensor):  # a result of autograd has memory of its own
-            return False
-        if self._memory is None:
-            self._memory = {memory_of(one) for one in self._constants}
-        return memory_of(tensor) in self._memory
+        with unfollowed():
+            owners = None if (follower := self._owners()) is None else follower.owners_of(tensor)
+            if owners is not None and owners is not MIXED and self._size > 1:  # else it was made outside of the step
+                raise _unknown(f"{func.__name__} with a value that other records have a part in")
+            if not self._places.is_constant(tensor):
+                self.figures.append((("own loss", func.__name__), tensor))
 
     def _of_reduction(self, func: Any, tensor: Any, kwargs: Any) -> Tensor | None:
         known = self._known(tensor) if isinstance(tensor, Tensor) else None
@@ -238,7 +221,11 @@ class OwnLosses(Telling):
     def _values(self, one: Any, num_axes: int) -> Any:
         """Return what an argument is for each record, with that many axes after the first one."""
         rows = self._known(one) if isinstance(one, Tensor) else None
-        return one if rows is None else rows.clone().reshape(self._size, *[1] * (num_axes - one.dim()), *one.shape)
+        if rows is None:
+            return one
+        with unfollowed():
+            values = rows.clone().reshape(self._size, *[1] * (num_axes - one.dim()), *one.shape)
+            return of_records(values, self._owners())
 
     def _row(self, one: Any, shape: tuple[int, ...], places: Places | None = None) -> Any:
         rows = self._known(one) if isinstance(one, Tensor) else None
@@ -246,13 +233,12 @@ class OwnLosses(Telling):
             return one
         return rows.clone() if places is None else places.spread(rows).reshape(shape)
 
-    def _selected(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _check_selection(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
         """Refuse a selection among the rows of a record by values of others, or by values if nothing tells whose rows
         through which a gradient flows are.
         """
-        name, out = func.__name__, func(*args, **kwargs)
         if not (args and isinstance(args[0], Tensor)) or is_tracked(args[0]):
-            return out
+            return
         follower = self._owners()
         index = args[1] if name == "__getitem__" else ()
         chosen = index if isinstance(index, tuple) else (index,)
@@ -275,7 +261,6 @@ class OwnLosses(Telling):
             by_values |= args[0].requires_grad and self._is_by_positions(args[0], tensors_in(args[1:], kwargs), out)
         if by_values and (follower is None or isinstance(follower.owners_of(out), Mixed)):
             raise _unknown(f"{name} by values")
-        return out
 
     def _is_by_positions(self, data: Tensor, indices: list[Tensor], out: Any) -> bool:
         """Tell whether indices select by positions at which values were found, or other rows than each record has."""
@@ -283,11 +268,6 @@ class OwnLosses(Telling):
             return True
         unequal = isinstance(out, Tensor) and out.dim() > 0 and len(out) % self._size > 0
         return unequal and bool(indices) and len(data) % self._size == 0
-
-
-def _repeats(tensor: Tensor) -> bool:
-    """Tell whether all rows of a tensor are equal."""
-    return bool((tensor == tensor[:1]).all())
 
 
 def _unknown(what: str) -> PrivacyError:
