@@ -79,7 +79,7 @@ def compare_with_singles(
     """
     if not 0 < rtol < math.inf:
         raise ValueError(f"Expected 0 < rtol < inf, got rtol={rtol}. Pass a tolerance such as 1e-3.")
-    sums, samples = _sums_of(batched, singles, scale)
+    sums, samples = sums_of(batched, singles, scale)
     sums = dict(total(sums))
     totals_b, totals_s, totals_bs, _ = sum(sums.values(), torch.zeros(4, samples, dtype=torch.float64))
     comparable = totals_b.isfinite() | totals_s.isfinite()
@@ -170,10 +170,12 @@ def _why_not_together(module: nn.Module) -> str:
     return ""
 
 
-def _sums_of(
+def sums_of(
     batched: Mapping[str, Tensor], singles: Iterable[Mapping[str, Tensor]], scale: float
 ) -> tuple[dict[str, Tensor], int]:
-    """Return the pair sums ``(4, B)`` of every parameter, and the number of samples."""
+    """Return, by parameter, the squared norms of both gradients of each of B samples, their inner product and squared
+    distance, shape ``(4, B)``; and B. Arguments and errors are those of :func:`compare_with_singles`.
+    """
     rows: dict[str, dict[int, Tensor]] = {}
     samples = 0
     for single in singles:

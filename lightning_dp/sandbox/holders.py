@@ -15,6 +15,7 @@ from lightning_dp.sandbox.refilling import (
     refill_sequence,
     reset_attributes,
     same_content,
+    same_value,
     stored,
 )
 from lightning_dp.sandbox.snapshot import NOT_PLAIN
@@ -188,8 +189,3 @@ def _same(one: Any, other: Any) -> bool:
 
 def _sum_of_counts(content: Any) -> int:
     return sum(value for value in (content.values() if isinstance(content, dict) else content) if type(value) is int)
-
-
-def same_value(one: Any, other: Any) -> bool:
-    """Tell whether two values are the same object, or equal numbers or words."""
-    return one is other or (type(one) is type(other) and isinstance(one, (int, float, str)) and bool(one == other))

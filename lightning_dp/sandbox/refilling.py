@@ -27,6 +27,11 @@ def reset_attributes(attributes: dict[str, Any], before: dict[str, Any], skipped
             attributes[name] = value
 
 
+def same_value(one: Any, other: Any) -> bool:
+    """Tell whether two values are the same object, or equal numbers or words."""
+    return one is other or (type(one) is type(other) and isinstance(one, _PLAIN) and bool(one == other))
+
+
 def changed(held: list[tuple[Any, Any]]) -> dict[tuple[Any, ...], Value]:
     """Return by a key the values that have changed since then."""
     found: dict[tuple[Any, ...], Value] = {}
@@ -34,7 +39,7 @@ def changed(held: list[tuple[Any, Any]]) -> dict[tuple[Any, ...], Value]:
         now = attributes.copy()
         for name in () if same_content(now, before) else {*now, *before}:
             one, other = before.get(name, ABSENT), now.get(name, ABSENT)
-            if one is not other and not (type(one) is type(other) and isinstance(one, _PLAIN) and one == other):
+            if not same_value(one, other):
                 found["read", number, name] = attributes, name, one
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -59,10 +59,7 @@ class Microbatch:
         """Number of differentiable operations, and of hooks, before the forward."""
         self.readings = Readings()
         """Values that user code has read from tensors."""
-        alone = step.runs_samples_alone or not step.settings.check_per_sample
-        if alone:
-            restore()  # compiled code, which only runs on samples alone, does not know what takes the functions' place
-        self._hearing: AbstractContextManager[Any] = nullcontext() if alone else self.readings
+        self._hears = step.settings.check_per_sample and not step.runs_samples_alone
         self._own_losses = own_losses(step, count)
 
     @property
@@ -76,14 +73,18 @@ class Microbatch:
         step.engine.begin(self.count, self._owners)
         step.recording = self
         self._own_losses.__enter__()
-        self._hearing.__enter__()
+        if self._hears:
+            self.readings.__enter__()
+        else:
+            restore()  # compiled code, which only runs on samples alone, does not know what takes the functions' place
         self.began, self.num_hooks = num_operations(), num_hooks()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hearing.__exit__(None, None, None)
+        if self._hears:
+            self.readings.__exit__(None, None, None)
         self._own_losses.__exit__(kind, error, trace)
         self._step.engine.end()
         self._step.recording = None
