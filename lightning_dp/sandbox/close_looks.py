@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_dp.per_sample._torch import dense_parts_of, unfollowed
 from lightning_dp.sandbox.kept_tensors import same_values
+from lightning_dp.sandbox.looks import Look
 from lightning_dp.sandbox.refilling import same_content
 from lightning_dp.sandbox.snapshot import NOT_PLAIN, few_places
-from lightning_dp.sandbox.writes import Look
 from lightning_dp.system.local import local_part
 from lightning_dp.system.torch_private import Layers, changes_of, num_changes
 

@@ -45,7 +45,7 @@ class Holder:
         is_object: whether the entries are attributes.
     """
 
-    __slots__ = ("content", "found", "is_object", "live", "path", "places", "plain", "size")
+    __slots__ = ("content", "found", "has_hook", "is_object", "live", "path", "places", "plain", "size")
 
     def __init__(self, live: Any, path: Path, *, is_object: bool) -> None:
         self.live, self.path, self.is_object = live, path, is_object
@@ -58,6 +58,8 @@ class Holder:
         """Where the entries are, of a view of entries of dictionaries."""
         self.found: list[tuple[Path, Any]] = []
         """What is to be looked into, with its path."""
+        self.has_hook = is_object and type(live) is dict and _NAME_OF_HOOK in live
+        """Whether Lightning notes there which hook runs, which is of no interest."""
         if isinstance(self.content, dict) and is_object:
             named = [(name, one) for name, one in self.content.items() if WAYS[type(one)]]
             self.found = [((*path, name), one) for name, one in named if name not in NOT_PLAIN and name[:2] != "__"]
@@ -81,7 +83,7 @@ class Holder:
     @property
     def is_swept(self) -> bool:
         """True if a ``Sweep`` can compare it."""
-        return self.plain is not None or bool(self.places)
+        return (self.plain is not None or bool(self.places)) and not self.has_hook
 
     def is_as_it_was(self) -> bool:
         """Tell whether the content is the same as when it was looked at."""
@@ -93,6 +95,8 @@ class Holder:
 
     def renewed(self) -> Holder:
         """Return what the same object or container holds now."""
+        if self.has_hook:
+            self.content[_NAME_OF_HOOK] = self.live.get(_NAME_OF_HOOK)
         return self if self.is_as_it_was() else Holder(self.live, self.path, is_object=self.is_object)
 
     def leads_to_the_same(self, other: Holder) -> bool:

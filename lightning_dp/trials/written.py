@@ -10,9 +10,10 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from lightning_dp.errors import PrivacyError
+from lightning_dp.sandbox.looks import Look
 from lightning_dp.sandbox.refilling import Value, put_back
 from lightning_dp.sandbox.sandbox import Sandbox
-from lightning_dp.sandbox.writes import Look, When, WriteWatch
+from lightning_dp.sandbox.writes import When, WriteWatch
 from lightning_dp.trials import state_runs
 from lightning_dp.trials.decisions import NUM_FEW
 from lightning_dp.trials.given_records import Reread

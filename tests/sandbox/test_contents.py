@@ -6,6 +6,7 @@ import array
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -193,3 +194,15 @@ def test_quiet_holders_are_compared_at_once() -> None:
         change()
         last = Contents(roots, [], (), same)
         assert written(same, last) == [key]
+
+
+def test_the_name_of_a_hook_is_no_write() -> None:
+    """Lightning sets it before each hook; what else an object holds is not copied for that."""
+    live = {"_current_fx_name": "training_step", "flag": False}
+    looks = [Contents([live], [], ())]
+    for name, flag in (("on_after_backward", False), (None, False), ("training_step", True)):
+        live.update(_current_fx_name=name, flag=flag)
+        looks.append(Contents([live], [], (), looks[-1]))
+    holders = [look.holders[id(live)] for look in looks]
+    assert holders[0] is holders[1] is holders[2] is not holders[3]
+    assert [written(*pair) for pair in pairwise(looks)] == [[], [], [("attribute", 0, "flag")]]

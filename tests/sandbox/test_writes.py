@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from lightning_dp.sandbox import randomness, writes
-from lightning_dp.sandbox.randomness import seeds
+from lightning_dp.sandbox import randomness
+from lightning_dp.sandbox.looks import Look
 from lightning_dp.sandbox.snapshot import Snapshot
-from lightning_dp.sandbox.writes import Look, When, WriteWatch
+from lightning_dp.sandbox.writes import When, WriteWatch
 from lightning_dp.system.torch_private import Layers
 
 FORWARD = When.FORWARD
@@ -67,7 +67,7 @@ class Watched:
 
 
 def test_writes_of_tensors_are_reported_once_for_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writes, "_FEW", 0)
+    monkeypatch.setattr("lightning_dp.sandbox.looks._FEW", 0)
     rig = Watched()
     weight, bias, count = rig.module.layer.weight, rig.module.layer.bias, rig.module.count
     assert rig.forward(lambda: rig.add(weight)) == {(FORWARD, "tensor", 0, True, 1, True)}
@@ -244,23 +244,23 @@ def test_draws_of_any_number_are_no_seeds() -> None:
 @pytest.mark.parametrize("name", SEEDS)
 def test_seeds_are_equal_where_more_is_drawn(name: str) -> None:
     SEEDS[name](5)
-    early = seeds()[name]
+    early = randomness.seeds()[name]
     torch.rand(3), np.random.rand(3_000), [random.random() for _ in range(3_000)]  # noqa: NPY002
-    late = seeds()[name]
+    late = randomness.seeds()[name]
     assert early == late
     assert late == early
     SEEDS[name](6)
-    assert early != seeds()[name]
+    assert early != randomness.seeds()[name]
 
 
 def test_words_of_python_are_read_where_they_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(5)
     assert randomness._PYTHON is not None  # of CPython
-    found = seeds()["Python"]
+    found = randomness.seeds()["Python"]
     monkeypatch.setattr(randomness, "_PYTHON", None)
-    assert found == seeds()["Python"]
+    assert found == randomness.seeds()["Python"]
     random.seed(6)
-    assert found != seeds()["Python"]
+    assert found != randomness.seeds()["Python"]
 
 
 @pytest.mark.parametrize("way", [Look.back_in, Look.numbers_back_in])
