@@ -41,7 +41,7 @@ def fit(
 
 
 def private(*, check_per_sample: bool = False, **options: Any) -> DPDDPStrategy:
-    """Samples are checked in training, next to a public optimizer, and where ranks choose a way."""
+    """Samples are checked where ranks choose a way, and in the parts ``checked``, which run by themselves."""
     given = {"noise_multiplier": 1.0, "target_delta": 1e-3, **options}
     return DPDDPStrategy(check_per_sample=check_per_sample, **given)
 
@@ -139,7 +139,41 @@ def releases() -> Tensor:
     return releases_of(accumulator, reduction, statistics_std=0.5)
 
 
-def main() -> None:
+def training(*, checked: bool = False) -> dict[str, Any]:
+    """20 steps with momentum of Adam, and a resume; replicas start apart on purpose."""
+    module = Classifier(optimizer=torch.optim.Adam, lr=0.05)
+    with torch.no_grad():
+        module.network[0].bias += RANK
+    strategy = private(check_per_sample=checked)
+    trainer = fit(module, DataLoader(make_dataset(), batch_size=8), [EpsilonMonitor()], strategy=strategy, max_epochs=5)
+    seen = {
+        "weights": torch.cat([p.detach().flatten() for p in module.parameters()]),
+        "ledger": trainer.strategy.ledger.state_dict()["entries"],
+        "epsilon": trainer.strategy.epsilon(),
+    }
+    trainer.save_checkpoint(OUT / "five.ckpt")
+    trainer = fit(
+        Classifier(optimizer=torch.optim.Adam),
+        DataLoader(make_dataset(), batch_size=8),
+        resume=OUT / "five.ckpt",
+        max_epochs=6,
+    )
+    return {**seen, "resumed": trainer.strategy.ledger.num_steps}
+
+
+def gan(*, checked: bool = False) -> Tensor:
+    """Weights of a public generator next to a private discriminator."""
+    module = GAN()
+    strategy = DPDDPStrategy(noise_multiplier=1.0, public_optimizers=[0], check_per_sample=checked)
+    fit(module, DataLoader(make_dataset(16), batch_size=2), strategy=strategy, max_epochs=1)
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def checked() -> dict[str, Any]:
+    return {**training(checked=True), "gan": gan(checked=True)}
+
+
+def unchecked() -> dict[str, Any]:
     seen: dict[str, Any] = {}
 
     # noise: the reduced gradient, at q = 1 over 12 steps
@@ -155,23 +189,7 @@ def main() -> None:
     released = torch.stack([torch.cat([g.flatten() for g in s.values()]) for s in recorder.before_step])
     seen["correlated"] = released * 16 / correlated.sensitivity(12, separation=4, passes=3)
 
-    # training: 20 steps with momentum of Adam; replicas start apart on purpose
-    module = Classifier(optimizer=torch.optim.Adam, lr=0.05)
-    with torch.no_grad():
-        module.network[0].bias += RANK
-    strategy = private(check_per_sample=True)
-    trainer = fit(module, DataLoader(make_dataset(), batch_size=8), [EpsilonMonitor()], strategy=strategy, max_epochs=5)
-    seen["weights"] = torch.cat([p.detach().flatten() for p in module.parameters()])
-    seen["ledger"] = trainer.strategy.ledger.state_dict()["entries"]
-    seen["epsilon"] = trainer.strategy.epsilon()
-    trainer.save_checkpoint(OUT / "five.ckpt")
-    trainer = fit(
-        Classifier(optimizer=torch.optim.Adam),
-        DataLoader(make_dataset(), batch_size=8),
-        resume=OUT / "five.ckpt",
-        max_epochs=6,
-    )
-    seen["resumed"] = trainer.strategy.ledger.num_steps
+    seen |= training()
 
     # the sum over ranks, without noise, in microbatches: every record once
     recorder, module = Recorder(), Classifier(lr=0.0)
@@ -230,15 +248,10 @@ def main() -> None:
     seen["mixed"]["sizes"] = [len(positions) for positions in module.drawn]
     seen["releases"] = releases()
 
-    # a public generator next to a private discriminator: replicas stay equal
-    module = GAN()
-    strategy = DPDDPStrategy(noise_multiplier=1.0, public_optimizers=[0])
-    fit(module, DataLoader(make_dataset(16), batch_size=2), strategy=strategy, max_epochs=1)
-    seen["gan"] = torch.cat([p.detach().flatten() for p in module.parameters()])
-
-    torch.save(seen, OUT / f"rank{RANK}.pt")
+    seen["gan"] = gan()
+    return seen
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    torch.save(checked() if "checked" in sys.argv else unchecked(), OUT / f"rank{RANK}.pt")

@@ -38,7 +38,7 @@ def whole(tensors: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def private(**options: Any) -> DPFSDPStrategy:
-    """Samples are checked in ``checked_sums``, ``training`` and ``skipped`` only: it takes longer than all else."""
+    """Samples are checked in ``checked_*`` and ``skipped`` only: it takes longer than all else."""
     given = {
         "noise_multiplier": 1.0,
         "target_delta": 1e-3,

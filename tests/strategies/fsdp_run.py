@@ -29,10 +29,10 @@ from tests.strategies.fsdp_fits import DEVICES, OUT, RANK, Released, fit, privat
 from tests.strategies.fsdp_plans import planned, refused
 from tests.strategies.fsdp_saving import resumed_alone, saving
 from tests.strategies.releases import releases_of
-from tests.strategies.sharded import CASES, Sharded, plain
+from tests.strategies.sharded import CASES, REPEATED, Sharded, plain
 
-#: Cases whose samples are checked, in a run of their own: each network once, but for that of "flat", which ``training``
-#: checks, and in each precision; the checks know of nothing else.
+#: Cases whose samples are checked, in a run of their own: each network once, but for that of "flat", which
+#: ``checked_training`` checks, and in each precision; the checks know of nothing else.
 CHECKED = ("tied, recomputed", "bfloat16", "weight norm, frozen", "adapter")
 
 
@@ -74,8 +74,8 @@ class Skipping(Sharded):
         return None if self.skips(RANK, batch_idx) else output
 
 
-def sums(names: Iterable[str] = CASES, *, checked: bool = False) -> dict[str, Any]:
-    """The sum over ranks, without noise, in every case."""
+def sums_of(names: Iterable[str], *, checked: bool = False) -> dict[str, Any]:
+    """The sum over ranks, without noise, in each case."""
     found = {}
     for name in names:
         network, shard, options, callbacks, trainer_options = CASES[name]
@@ -95,8 +95,16 @@ def sums(names: Iterable[str] = CASES, *, checked: bool = False) -> dict[str, An
     return found
 
 
+def sums() -> dict[str, Any]:
+    return sums_of(name for name in CASES if name not in REPEATED)
+
+
+def repeated_sums() -> dict[str, Any]:
+    return sums_of(REPEATED)
+
+
 def checked_sums() -> dict[str, Any]:
-    return sums(CHECKED, checked=True)
+    return sums_of(CHECKED, checked=True)
 
 
 class Manual(ByHand, Sharded):
@@ -137,11 +145,11 @@ def releases() -> Tensor:
     return releases_of(accumulator, reduction)
 
 
-def training() -> dict[str, Any]:
+def training(*, checked: bool = False) -> dict[str, Any]:
     """5 steps of about 2 records each, in microbatches: ranks draw different numbers of them, and by this seed none."""
     module = Partly(optimizer=torch.optim.Adam, lr=0.05)
     loader = DataLoader(make_dataset(40), batch_size=2)
-    strategy = private(microbatch_size=2, check_per_sample=True, seed=1)
+    strategy = private(microbatch_size=2, check_per_sample=checked, seed=1)
     trainer = fit(module, loader, [EpsilonMonitor()], strategy, max_steps=5)
     weights = whole(dict(module.named_parameters()))
     return {
@@ -150,6 +158,10 @@ def training() -> dict[str, Any]:
         "steps": (trainer.global_step, trainer.strategy.ledger.num_steps),
         "epsilon": (trainer.strategy.epsilon(), float(trainer.callback_metrics["epsilon"])),
     }
+
+
+def checked_training() -> dict[str, Any]:
+    return training(checked=True)
 
 
 class FromMeta(Sharded):
@@ -253,10 +265,12 @@ def communication() -> dict[str, Any]:
 def main() -> None:
     parts = (
         sums,
+        repeated_sums,
         manual,
         noise,
         releases,
         training,
+        checked_training,
         meta,
         spoiled,
         skipped,

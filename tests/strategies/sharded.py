@@ -133,3 +133,5 @@ CASES: dict[
         {},
     ),
 }
+#: Cases that repeat others: clipping per layer is in "tied, recomputed", and all microbatches accumulate.
+REPEATED = ("per layer", "automatic", "adapter", "accumulated")

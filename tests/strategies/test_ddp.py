@@ -16,11 +16,20 @@ from tests.helpers import Classifier, make_dataset
 from tests.processes import run_script, run_two_ranks
 from tests.strategies.test_private_step import clipped_sum
 
+SCRIPT = Path(__file__).with_name("ddp_run.py")
+RUNS = ["ranks", pytest.param("checked", marks=pytest.mark.slow)]
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks wrote down."""
-    return run_two_ranks(Path(__file__).with_name("ddp_run.py"), tmp_path_factory)
+    return run_two_ranks(SCRIPT, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both ranks wrote down where samples are checked."""
+    return run_two_ranks(SCRIPT, tmp_path_factory, "checked")
 
 
 @pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2, math.sqrt(2), math.sqrt(0.5)])
@@ -85,16 +94,19 @@ def test_correlated_noise_of_ranks_is_that_of_one(ranks: list[dict[str, Any]], w
     assert abs(together) < 5
 
 
-def test_replicas_are_bit_equal_after_20_steps(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_replicas_are_bit_equal_after_20_steps(request: pytest.FixtureRequest, run: str) -> None:
+    ranks = request.getfixturevalue(run)
     assert torch.equal(ranks[0]["weights"], ranks[1]["weights"])
     assert not torch.equal(ranks[0]["weights"], torch.cat([p.detach().flatten() for p in Classifier().parameters()]))
     assert torch.equal(ranks[0]["gan"], ranks[1]["gan"])
 
 
-def test_ledger_and_epsilon_speak_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("run", RUNS)
+def test_ledger_and_epsilon_speak_of_the_whole_batch(request: pytest.FixtureRequest, run: str) -> None:
     ledger = Ledger()
     ledger.record(PrivacyEvent(kind="poisson", noise_multiplier=1.0, sample_rate=16 / 64), 20)
-    for seen in ranks:
+    for seen in request.getfixturevalue(run):
         assert seen["ledger"] == ledger.state_dict()["entries"]
         assert seen["epsilon"] == pytest.approx(make_accountant("pld").epsilon(ledger, 1e-3))
         assert seen["resumed"] == 24

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 from lightning_dp import AutoThreshold, DPFSDPStrategy, DPStrategy
 from tests.helpers import Classifier, Recorder, make_dataset, make_trainer
 from tests.processes import run_script, run_two_ranks
-from tests.strategies.sharded import CASES, Sharded, plain
+from tests.strategies.sharded import CASES, REPEATED, Sharded, plain
 from tests.strategies.test_private_step import clipped_sum
 
 SCRIPT = Path(__file__).with_name("fsdp_run.py")
 PARTS = ("sums", "noise", "releases", "training", "spoiled", "refused", "saving")
-SLOW_PARTS = ("manual", "meta", "skipped", "communication", "planned")
+SLOW_PARTS = ("manual", "meta", "skipped", "communication", "planned", "repeated_sums", "checked_training")
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,16 @@ def folder(ranks: list[dict[str, Any]]) -> Path:
     return Path(ranks[0]["folder"])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in REPEATED])
 def test_ranks_release_the_sum_of_one_process(ranks: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
     """All 64 records take part, without noise."""
     check_sums([seen["sums"][name] for seen in ranks], tmp_path, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REPEATED)
+def test_sums_of_further_cases_are_those_of_one_process(rest: list[dict[str, Any]], tmp_path: Path, name: str) -> None:
+    check_sums([seen["repeated_sums"][name] for seen in rest], tmp_path, name)
 
 
 @pytest.mark.slow
@@ -114,9 +120,12 @@ def test_rows_have_streams_of_their_own_and_replicas_one_sum(ranks: list[dict[st
     assert float(correlation.abs().max()) < 6 / math.sqrt(600)
 
 
-def test_empty_and_unequal_batches_keep_ranks_together(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    ("run", "part"), [("ranks", "training"), pytest.param("rest", "checked_training", marks=pytest.mark.slow)]
+)
+def test_empty_and_unequal_batches_keep_ranks_together(request: pytest.FixtureRequest, run: str, part: str) -> None:
     """5 steps over batches of 2 records per rank on average, in microbatches of 2."""
-    first, second = (seen["training"] for seen in ranks)
+    first, second = (seen[part] for seen in request.getfixturevalue(run))
     assert first["steps"] == second["steps"] == (5, 5)
     sizes = list(zip(first["sizes"], second["sizes"], strict=True))
     assert {(one > 0, other > 0) for one, other in sizes} >= {(False, True), (True, False), (True, True)}
