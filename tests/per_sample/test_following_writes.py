@@ -84,6 +84,16 @@ def test_sparse_data_after_a_write_is_of_unknown_owners() -> None:
         assert isinstance(follower.owners_of(sparse @ dense), Mixed)
 
 
+def test_entries_shown_again_are_mixed_after_a_write() -> None:
+    follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
+    with follower:
+        follower.note(rows := torch.rand(3, 3), Rows(0, torch.tensor([0, 1, 1])))
+        shown = torch.Tensor(rows)
+        assert isinstance(follower.owners_of(shown), Rows)
+        shown.copy_(rows.clone().flip(0))
+        assert isinstance(follower.owners_of(rows), Mixed)
+
+
 ALL, LAST_TWO = slice(None), torch.tensor([1, 2])
 
 

@@ -182,6 +182,12 @@ WAYS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "joined to nothing": (lambda m, x: torch.cat([torch.tensor([]).double(), x], 1) * m.w, {"w": drawn(3)}),
     "numbers": (lambda m, x: x * torch.tensor([1.0, 2.0, 3.0]).double() * m.w + torch.as_tensor(2.0), {"w": drawn(3)}),
     "sizes that tensors give": (sized_by_tensors, {"w": drawn(3)}),
+    "arguments by keyword": (
+        lambda m, x: F.linear(input=torch.transpose(input=x, dim0=1, dim1=2), weight=m.w) @ m.a,
+        {"w": drawn(2, 4), "a": drawn(2, 2)},
+    ),
+    "entries that a constructor shows": (lambda m, x: torch.Tensor(x) * m.w, {"w": drawn(3)}),
+    "entries that numpy shows": (lambda m, x: torch.from_numpy(x.numpy()) * m.w, {"w": drawn(3)}),
     "type of the rows": (lambda m, x: x * m.w.float().to(x) * m.w.type_as(x), {"w": drawn(3)}),
 }
 

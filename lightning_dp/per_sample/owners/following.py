@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import TensorSet, base_of, is_mapped, memory_of, unfollowed
-from lightning_dp.per_sample.layout import WAY_OUT
+from lightning_dp.per_sample.owners.assumed import Assumed, alias_among
 from lightning_dp.per_sample.owners.choices import chooses_rows
 from lightning_dp.per_sample.owners.entries import after_mixed
 from lightning_dp.per_sample.owners.memo import Memo, merged
@@ -26,7 +25,7 @@ from lightning_dp.per_sample.owners.quick import are_from_elsewhere, are_positio
 from lightning_dp.per_sample.owners.telling import Telling
 from lightning_dp.per_sample.owners.traits import SHOWS_NO_ENTRY, Traits, traits_of
 from lightning_dp.per_sample.owners.views import owners_behind
-from lightning_dp.per_sample.tracking.arguments import NO_TENSORS, tensors_in
+from lightning_dp.per_sample.tracking.arguments import NO_TENSORS, first_by_position, tensors_in
 from lightning_dp.per_sample.tracking.composites import entered
 from lightning_dp.per_sample.tracking.functions import in_real_numbers
 from lightning_dp.per_sample.tracking.nodes import Reporting, is_tracked
@@ -63,7 +62,7 @@ class Follower(Telling):
         self._written: dict[int, tuple[int, Mixed]] = {}
         self.chosen = TensorSet()
         """Tensors of which data choose the rows, so that other values may leave other rows of each sample."""
-        self.assumed = TensorSet()
+        self.assumed = Assumed()
         """Tensors that hold a parameter repeated for every sample, as their length says; rows of other owners that they
         meet entry by entry are refused."""
         self._of_numbers, self._time, self._fresh = TensorSet(), 0, 0
@@ -98,12 +97,22 @@ class Follower(Telling):
             return None
         note = self._notes.get(key)
         if note is None or note[0]() is not tensor:
-            return MIXED
+            return self._of_alias(tensor)
         if note[1] < self._time:
             if (write := self._written.get(memory_of(tensor), (0, MIXED)))[0] > note[1]:
                 return write[1]
             self._notes[key] = note[0], self._time, note[2]
         return note[2]
+
+    def _of_alias(self, tensor: Tensor) -> Owners:
+        """Return, and record, the owners of a tensor that no operation has made, but another one with its entries."""
+        other = alias_among(tensor, [one() for one, _, _ in self._notes.values()])
+        owners = MIXED if other is None else self._noted_owners(other)
+        self.note(tensor, owners)
+        for marked in (self.chosen, self.assumed, self._of_numbers):
+            if other is not None and other in marked:
+                marked.add(tensor)
+        return owners
 
     def _given(self, args: Any, kwargs: Any) -> list[tuple[Tensor, Owners]]:
         """Return the tensors among arguments, in the order of :func:`tensors_in`, with their owners."""
@@ -142,6 +151,8 @@ class Follower(Telling):
         if func in SHOWS_NO_ENTRY:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
+        if kwargs and not args:
+            args, kwargs = first_by_position(getattr(func, "__name__", ""), kwargs)
         if self.hear is not None and self._depth == 1:
             self.hear(func, args, kwargs)
         traits, given = traits_of(func), self._given(args, kwargs)
@@ -198,18 +209,8 @@ class Follower(Telling):
             writes = traits.in_place and (id(out) != fresh or given[0][1] is not None)
             self.note(out, self._written_with(out, given[0][1], found, traits) if writes else found)
         if not self.assumed.is_empty and kind is Tensor and any(tensor in self.assumed for tensor, _ in given):
-            self._check_assumed(func, traits, given, out)
+            self.assumed.check(func, traits, given, out, self.owners_of(out))
         return out
-
-    def _check_assumed(self, func: Any, traits: Traits, given: list[tuple[Tensor, Owners]], out: Tensor) -> None:
-        """Refuse a parameter repeated for every sample that meets rows of other owners entry by entry."""
-        if not isinstance(self.owners_of(out), Mixed):
-            self.assumed.add(out)
-        elif traits.is_aligned and not any(isinstance(rows, Mixed) for _, rows in given):
-            raise PrivacyError(
-                f"Expected a parameter repeated for every sample to meet rows of the same samples, got {func.__name__} "
-                f"with rows of others, of which there are as many. Repeat it for the rows of each sample; {WAY_OUT}."
-            )
 
     def _is_noted(self, out: Any, args: Any, kwargs: Any) -> bool:
         """Tell whether an operation on parameters has made copies for the samples, which know their owners."""

@@ -16,6 +16,10 @@ NO_TENSORS = frozenset((int, float, bool, str, type(None), slice, type(Ellipsis)
 _CONTAINERS = frozenset((tuple, list, dict))
 _FIRST = ("input", "a", "mat1", "other", "mat2", "vec", "b")
 """Names that torch gives to the first arguments of operations, in their order."""
+_ALONE = ("input", "tensors", "self")
+"""Names of the first argument of operations."""
+_NOT_FIRST = frozenset(("where", "searchsorted", "polygamma", "special_polygamma"))
+"""Operations whose ``input`` is not their first argument."""
 
 
 def tensors_in(args: Any, kwargs: Any) -> list[Tensor]:
@@ -83,6 +87,19 @@ def with_other_values(tensor: Tensor) -> Tensor:
         return copied
     steps = torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device)
     return copied + steps.reshape(tensor.shape).to(tensor.dtype)
+
+
+def first_by_position(name: str, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of an operation that got all of them by keyword, the first one by position if it is known.
+
+    Example:
+        >>> first_by_position("sum", {"dim": 1, "input": 3})
+        ((3,), {'dim': 1})
+    """
+    first = next((one for one in _ALONE if one in kwargs), None)
+    if first is None or name in _NOT_FIRST:
+        return (), kwargs
+    return (kwargs[first],), {key: one for key, one in kwargs.items() if key != first}
 
 
 def by_position(function: Callable[..., Any], tracker: Any, func: Any, args: Any, kwargs: Any) -> Any:
