@@ -75,12 +75,16 @@ class Probe:
     def _private(self) -> dict[str, nn.Parameter]:
         public = {name for index in self._step.settings.public_optimizers for name in self._step.parameters.of(index)}
         named = self._step.module.named_parameters()
-        return {name: parameter for name, parameter in named if parameter.requires_grad and name not in public}
+        own = {name for accumulator in self._step.accumulators.values() for name in accumulator.parameters}
+        return {name: one for name, one in named if (one.requires_grad or name in own) and name not in public}
 
     def _take_from(self, parameters: Mapping[str, nn.Parameter]) -> None:
         for name in parameters.keys() - self._handles.keys():
-            take = parameters[name].register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
+            parameter, trains = parameters[name], parameters[name].requires_grad
+            parameter.requires_grad_(True)  # torch takes no hook else, and the step may thaw it
+            take = parameter.register_post_accumulate_grad_hook(self._taker(name))  # type: ignore[no-untyped-call]
             self._handles[name] = take
+            parameter.requires_grad_(trains)
 
     def take_thawed(self) -> None:
         """Take the gradients of parameters, too, that a hook of this run has thawed before the step."""

@@ -84,6 +84,15 @@ class Turns(Classifier):
         return nn.functional.cross_entropy(self.heads[min(batch_idx, 3)](batch[0]), batch[1])
 
 
+class Thawing(Classifier):
+    """Freezes its first layer on even batches, within the step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        for parameter in self.network[0].parameters():
+            parameter.requires_grad = batch_idx % 2 == 1
+        return super().training_step(batch, batch_idx)
+
+
 def fit(module: Any, tmp_path: Any, batch_size: int = 16, **options: Any) -> DPStrategy:
     strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, grad_sample="rules")
     make_trainer(strategy, tmp_path, max_epochs=2, **options).fit(module, make_loader(batch_size=batch_size))
@@ -92,8 +101,8 @@ def fit(module: Any, tmp_path: Any, batch_size: int = 16, **options: Any) -> DPS
 
 @pytest.mark.parametrize(
     ("kind", "batch_size", "step"),
-    [(Critic, 8, 3), (Turns, 8, 4), (Soft, 8, 2), (Late, 2, 33)],
-    ids=["counter", "batch", "weight", "epoch"],
+    [(Critic, 8, 3), (Turns, 8, 4), (Soft, 8, 2), (Thawing, 8, 2), (Late, 2, 33)],
+    ids=["counter", "batch", "weight", "thawed", "epoch"],
 )
 @pytest.mark.one_in(2)
 def test_branch_of_a_later_step_is_learned(
