@@ -94,6 +94,8 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         by_content: dropout drops an entry by its value alone, so that the order of the rows changes nothing, unless
             that would drop all or nothing. Dropout within a kernel is off.
         block: number of samples, of which drawn tensors may hold several copies one after the other; 0 for no blocks.
+        by_column: entries of a drawn tensor differ along its last axis if it has others, near a low or high coin, or
+            all over the range for a middle one.
     """
 
     def __init__(
@@ -105,10 +107,11 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rates: bool = False,
         by_content: bool = False,
         block: int = 0,
+        by_column: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.by_place, self.coin, self._only, self._rates = by_place, coin, only, rates
-        self._by_content, self._block = by_content, block
+        self._by_content, self._block, self._by_column = by_content, block, by_column
         self.has_draws = False
         """Whether any operation drew random numbers."""
         self.drew = False
@@ -180,6 +183,9 @@ class FrozenRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "randperm":
             return result.copy_(torch.arange(result.numel(), device=result.device).roll(-1))
         uniform = _by_place(result, self._block) if self.by_place else None
+        if self._by_column and result.dim() > 1:
+            uniform = _by_place(result.new_empty(result.shape[-1]), 0)
+            uniform = uniform if self.coin == 0.5 else self.coin + (uniform - 0.5) / 100
         value = _value(name, named, uniform, self.coin, result)
         if value is None:
             return result

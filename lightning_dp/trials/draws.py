@@ -45,15 +45,21 @@ class Draws:
     by_content: bool = False
     by_copy: bool = False
 
-    def begin(self, size: int) -> FrozenRandomness:
-        """Seed the global generators; return the mode that freezes torch's draws for ``size`` samples while entered."""
+    def begin(self, size: int, *, by_column: bool = False) -> FrozenRandomness:
+        """Seed the global generators; return the mode that freezes torch's draws for ``size`` samples while entered.
+
+        Args:
+            size: number of samples.
+            by_column: whether draws that would be equal in all entries differ along their last axis.
+        """
         seed_generators(_FIRST_SEED + self.seed)
         if self.coin != MIDDLE:
             seed_low_or_high(high=self.coin > MIDDLE)
         if self.real:
             return FrozenRandomness(by_place=True, only=REJECTING, by_content=self.by_content)
         block = size if self.by_copy else 0
-        return FrozenRandomness(by_place=self.by_place, coin=self.coin, rates=self.rates, block=block)
+        options = {"rates": self.rates, "block": block, "by_column": by_column and not self.by_place}
+        return FrozenRandomness(by_place=self.by_place, coin=self.coin, **options)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def move(self, parameters: Iterable[Tensor]) -> None:

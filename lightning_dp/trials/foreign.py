@@ -43,6 +43,8 @@ class ForeignCode:
         self._ran_one = False
         self.copies = 1
         """Number of copies that replace a single record in a run, or of runs where training runs it alone."""
+        self.by_column = False
+        """Whether draws differ along their last axis, because equal ones give no finite gradient."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "_host":  # a copy being built has no state yet

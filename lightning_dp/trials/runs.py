@@ -197,7 +197,7 @@ class TrialRuns:
         outputs: list[Any] = []
         # that samples are independent, where the weights are those of training
         is_check = not (rehearses or draws.far) and self.step.state.step == self.loss_form.checked_at
-        frozen, begun = draws.begin(len(records)), (draws.seed, draws.coin)
+        frozen, begun = draws.begin(len(records), by_column=self.host.by_column), (draws.seed, draws.coin)
         before = self._seeded[begun] = self._seeded.get(begun) or (torch_generators(), host_generators())
         freezing = frozen if freezes else nullcontext()
 

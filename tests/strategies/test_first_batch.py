@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,33 @@ def test_frozen_draws_are_constant_and_permutations_mix() -> None:
         for kept in (0.25, 0.81):
             torch.testing.assert_close(nn.functional.dropout(torch.ones(50), 1 - kept), torch.full((50,), kept**0.5))
             torch.testing.assert_close(torch.empty(3).bernoulli_(kept) / kept, torch.full((3,), kept**0.5))
+
+
+def test_draws_frozen_by_column_are_those_of_any_row() -> None:
+    for coin, low, high in ((0.02, 0.01, 0.03), (0.5, 0.0, 1.0), (0.98, 0.97, 0.99)):
+        with FrozenRandomness(coin=coin, by_column=True):
+            rows, alone = torch.rand(3, 40), torch.rand(1, 40)
+            assert torch.equal(rows, alone.expand(3, 40))
+            assert low < float(rows[0].min()) < float(rows[0].max()) < high
+            assert torch.rand(4).unique().numel() == 1  # the samples may be along it
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_a_division_by_the_spread_of_noise_trains(tmp_path: Any, mixes: bool) -> None:
+    """Equal draws would divide zero by zero."""
+
+    class Ranged(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            hidden = self.network[1](self.network[0](batch[0]))
+            noise = torch.randn(hidden.shape)
+            noise = (noise - noise.mean(1, keepdim=True)) / noise.std(1, keepdim=True)
+            hidden = hidden + noise + (0.1 * hidden.mean(0) if mixes else 0.0)
+            return nn.functional.cross_entropy(self.network[2](hidden), batch[1])
+
+    strategy = DPStrategy(noise_multiplier=1.0)
+    with pytest.raises(PrivacyError, match="influence each other") if mixes else nullcontext():
+        make_trainer(strategy, tmp_path).fit(Ranged(), make_loader())
+    assert strategy.ledger.num_steps == (0 if mixes else 4)
 
 
 def test_draws_frozen_by_place_show_how_many_rows_were_drawn() -> None:
