@@ -19,7 +19,6 @@ from lightning_dp.system.torch_private import BatchNorm, InstanceNorm
 
 _PIECE = 2**18
 """Coordinates that are compared at a time, in float64."""
-
 _FIX = "lightning_dp.fix(module) replaces it"
 _ADDS_UP = (
     "The gradient of the whole batch is that of its samples together, so no sample influences another: the per-sample "
@@ -88,8 +87,8 @@ def compare_with_singles(
             "Expected at least one sample with a finite gradient, got none: whether samples are independent cannot be "
             "seen. Look for NaN or infinite values in the data, the loss or the initial weights."
         )
-    both_finite = totals_b.isfinite() & totals_s.isfinite()
-    largest = torch.maximum(totals_b, totals_s)[both_finite].sqrt().max().item() if bool(both_finite.any()) else 0.0
+    both = totals_b.isfinite() & totals_s.isfinite()
+    largest = torch.maximum(totals_b, totals_s)[both].sqrt().max().item() if bool(both.any()) else 0.0
     worst: dict[str, tuple[float, int]] = {}
     for name, (_, _, _, squares) in sums.items():
         # NaN and inf, on one side only, are the largest possible difference
@@ -104,7 +103,7 @@ def compare_with_singles(
         found.difference = max(size for size, _ in worst.values())
         raise found
     if worst:
-        cause = _cause(totals_b[both_finite], totals_s[both_finite], totals_bs[both_finite], samples, max(rtol, 1e-3))
+        cause = _cause(totals_b, totals_s, totals_bs, max(rtol, 1e-3))
         different = ComparisonError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")
         different.difference = max(size for size, _ in worst.values())
         raise different
@@ -220,15 +219,22 @@ def _pair_sums(batched: Tensor, alone: Tensor, scale: float) -> Tensor:
 def _difference(worst: Mapping[str, tuple[float, int]], rtol: float) -> str:
     ranked = sorted(worst.items(), key=lambda item: -item[1][0])
     listed = ", ".join(f"{name} ({size:.2g}, sample {index})" for name, (size, index) in ranked[:4])
-    more = f" and {len(ranked) - 4} more" if len(ranked) > 4 else ""
+    listed += f" and {len(ranked) - 4} more" if len(ranked) > 4 else ""
     return (
         "Expected the gradient of every sample in a batch to be its gradient when run alone, got a difference of "
-        f"{ranked[0][1][0]:.2g} of the largest gradient norm (allowed {rtol:.2g}) in {listed}{more}."
+        f"{ranked[0][1][0]:.2g} of the largest gradient norm (allowed {rtol:.2g}) in {listed}."
     )
 
 
-def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, tolerance: float) -> str:
+def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, tolerance: float) -> str:
     """Return the likely cause of a difference, judged by the ratios of batched to single gradients."""
+    samples, finite = len(totals_b), totals_s.isfinite()
+    if lost := int((totals_b.isfinite() & ~finite).sum()):
+        return (
+            f"{lost} of {samples} samples have no finite gradient when run alone: the step divides by a spread over "
+            "the batch, such as std(), as of normalised advantages. Use public constants, or normalise before fit."
+        )
+    totals_b, totals_s, totals_bs = (totals[finite & totals_b.isfinite()] for totals in (totals_b, totals_s, totals_bs))
     largest = float(totals_b.max()) if len(totals_b) else 0.0
     missed = int(((totals_b <= tolerance**2 * largest) & (totals_s > tolerance * largest)).sum())
     if 0 < missed < len(totals_b):
@@ -245,21 +251,21 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
             "values less their mean over the batch. Use constants that are public, for these weights or means."
         )
     used = (totals_s > 0) & (totals_b > 0)
-    batched, alone, product = totals_b[used], totals_s[used], totals_bs[used]
+    batched, alone, product = (totals[used] for totals in (totals_b, totals_s, totals_bs))
     ratios = product / alone
     # the part of a batched gradient that is not along the single one
     rest = (batched - product.square() / alone).clamp_min(0).sqrt() / batched.sqrt()
     if len(ratios) == 0 or not bool((rest <= 10 * tolerance).all()):
         return (
             "No factor per sample explains it: samples influence each other. Likely causes: BatchNorm or another layer "
-            "with statistics over the batch; attention, a contrastive loss or another term between samples; padding to "
-            "the longest sample that no mask hides; one of several terms that is a mean over known labels or unmasked "
-            "entries alone (per_sample_loss=True counts each record's own loss); a layout whose first axis is not the "
-            "batch; randomness that is drawn in forward; rounding that a division by a small number enlarges (see "
-            "whether precision='64-true' ends it). Mask the padding, or change the layer or the loss."
+            "with statistics over the batch; attention, mixup, a contrastive loss or another term between samples; "
+            "padding to the longest sample that no mask hides; one of several terms that is a mean over known labels "
+            "or unmasked entries alone (per_sample_loss=True counts each record's own loss); a layout whose first "
+            "axis is not the batch; randomness that is drawn in forward; a hook or a backward that rounds or clips "
+            "gradients of the batch's loss; rounding that a division by a small number enlarges (see whether "
+            "precision='64-true' ends it). Mask the padding, or change the layer or the loss."
         )
-    low, high = ratios.min().item(), ratios.max().item()
-    middle = ratios.mean().item()
+    low, high, middle = ratios.min().item(), ratios.max().item(), ratios.mean().item()
     if high - low <= 10 * tolerance * abs(middle):
         if abs(middle - samples) <= 10 * tolerance * samples:
             return (
@@ -291,6 +297,6 @@ def _cause(totals_b: Tensor, totals_s: Tensor, totals_bs: Tensor, samples: int, 
 
 
 def _suspects(module: nn.Module | None) -> str:
-    found = find_unsupported(module) if module is not None else []
+    found = [] if module is None else find_unsupported(module)
     listed = " ".join(f"{name or 'the module itself'}: {why}" for name, _, why in found[:3])
     return f" Found in the module: {listed}" if found else ""

@@ -148,9 +148,8 @@ def compare(
     if bool(differs.any()):
         worst = ((norms - others).abs() / lengths.clamp_min(1e-300)).nan_to_num(nan=float("inf")).max()
         number = f"{int(differs.any(0).sum())} of {norms.shape[1]}"
-        error = ComparisonError(
-            _message(what, f"the gradients of {number} others differ by up to {float(worst):.2g} of their length")
-        )
+        most = f"up to {float(worst):.2g} of" if worst < 1e6 else "more than a million times"
+        error = ComparisonError(_message(what, f"the gradients of {number} others differ by {most} their length"))
         error.difference = float(worst)
         raise error
     squares = {name: (first.sums[name].double() - second.sums[name].double()).square().sum() for name in first.sums}

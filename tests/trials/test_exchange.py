@@ -96,7 +96,10 @@ def test_steps_and_missing_losses_are_compared() -> None:
     two.stepped = frozenset({1})
     with pytest.raises(PrivacyError, match="which optimizers step changes with it"):
         exchange.compare(one, two, stays, tolerance=1e-6, what="exchanged")
-    two.stepped, two.norms = one.stepped, torch.zeros(0, SIZE)
+    two.stepped, one.norms[:] = one.stepped, 0.0
+    with pytest.raises(PrivacyError, match="others differ by more than a million times their length"):
+        exchange.compare(one, two, stays, tolerance=1e-6, what="exchanged")
+    two.norms = torch.zeros(0, SIZE)
     with pytest.raises(PrivacyError, match="there is no loss any more"):
         exchange.compare(one, two, stays, tolerance=1e-6, what="exchanged")
 

@@ -110,8 +110,8 @@ def _refuse(func: Any, nodes: Iterable[Node], rows: Mixed) -> NoReturn:
 def _refuse_nobody(func: Any, nodes: Iterable[Node]) -> NoReturn:
     raise PrivacyError(
         f"Expected {func.__name__} of {named(nodes)} to meet rows of known samples, got some that no sample's "
-        "data are in, such as padding, or sums to which nothing was added. Make them from the records, as in "
-        f"0 * targets in place of zeros; {WAY_OUT}."
+        "data are in, such as padding, noise or fakes of a fixed number, or sums to which nothing was added. Make as "
+        f"many for each record, from the record, as in 0 * targets in place of zeros; {WAY_OUT}."
     )
 
 
