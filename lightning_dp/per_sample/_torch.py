@@ -207,6 +207,10 @@ class UnrolledMaps:
         return pytree.tree_unflatten(whole, found[0][1])
 
 
+sparse_sum: Callable[..., Tensor] = torch._sparse_sum
+"""The function behind ``torch.sparse.sum``, which tensors report."""
+
+
 def views_like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     """Return views of a buffer, one after the other, in the shapes of tensors, in one call.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_dp.errors import PrivacyError
 from tests.per_sample.owners import _collate_graphs, _graph, assert_agrees, make
+from tests.per_sample.ways_of_use import Uses, drawn
 
 Graphs = dict[str, Tensor]
 
@@ -101,6 +102,33 @@ def test_sparse_products_of_parameters_agree_with_batches_of_one(layout: torch.l
     torch.manual_seed(0)
     module, records = Smoothed(layout), torch.randn(4, 3).double() * torch.eye(4, 3)[[0, 1, 2, 0]]
     assert_agrees(module, module, lambda chosen: records[chosen])
+
+
+PLACES = torch.tensor([[0, 1, 1, 2, 1], [1, 0, 2, 2, 2]])
+MADE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": lambda a, x: torch.sparse.mm(a, x.t()).t(),
+    "coalesced": lambda a, x: (a.coalesce() @ x.t()).t(),
+    "transposed and summed": lambda a, x: torch.spmm(a.t(), x.t()).t() * torch.sparse.sum(a, 1).to_dense(),
+    "dense": lambda a, x: x @ (a.to_dense() + torch.eye(3)),
+    "record by record": lambda a, x: torch.stack([torch.sparse.mm(a, row[:, None])[:, 0] for row in x]),
+    "entries": lambda a, x: x * a.coalesce().values().sum(),
+}
+
+
+@pytest.mark.parametrize("how", list(MADE))
+def test_matrices_made_of_parameters_agree_with_batches_of_one(how: str) -> None:
+    """A place that is given twice gets the sum of two values."""
+    torch.manual_seed(0)
+    module = Uses(lambda m, x: MADE[how](torch.sparse_coo_tensor(m.places, m.w.tanh(), (3, 3)), x) * m.v, w=drawn(5))
+    module.register_buffer("places", PLACES)
+    module.v, records = nn.Parameter(drawn(3).double()), torch.randn(4, 3).double()
+    before = torch.sparse_coo_tensor
+    if how == "entries":
+        with pytest.raises(PrivacyError, match="dense functions of private parameters, got one that values takes for"):
+            make(module, lambda x: module(x).square().sum(1), lambda chosen: records[chosen])
+    else:
+        assert_agrees(module, lambda x: module(x).square().sum(1), lambda chosen: records[chosen])
+    assert torch.sparse_coo_tensor is before
 
 
 def of_graphs(chosen: list[int]) -> Graphs:

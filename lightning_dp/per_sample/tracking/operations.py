@@ -18,7 +18,7 @@ from lightning_dp.per_sample.rules.conv import ConvRule
 from lightning_dp.per_sample.rules.embedding import EmbeddingRule
 from lightning_dp.per_sample.rules.linear import LinearRule
 from lightning_dp.per_sample.rules.norm import GroupNormRule, InstanceNormRule, LayerNormRule, RMSNormRule
-from lightning_dp.per_sample.tracking import assigning, bags, cells, composites, recurrent
+from lightning_dp.per_sample.tracking import assigning, bags, cells, composites, recurrent, sparse_made
 from lightning_dp.per_sample.tracking.arguments import by_position
 from lightning_dp.per_sample.tracking.nodes import is_tracked
 
@@ -262,6 +262,7 @@ _KNOWN: dict[Any, Operation | None] = {
     **dict.fromkeys(_GROUPED, _composite(composites.grouped_mm)),
     torch.embedding: _composite(bags.embedding_of_weight),
     F.embedding_bag: _composite(bags.embedding_bag),
+    **{func: _composite(handler) for func, handler in sparse_made.HANDLERS.items()},
     torch.lstm_cell: _composite(cells.lstm_cell),
     torch.gru_cell: _composite(cells.gru_cell),
 }

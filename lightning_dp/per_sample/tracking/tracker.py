@@ -32,6 +32,7 @@ from lightning_dp.per_sample.tracking.recurrent import watch_order
 from lightning_dp.per_sample.tracking.repeats import Repeats
 from lightning_dp.per_sample.tracking.replaying import Replays
 from lightning_dp.per_sample.tracking.sharing import Sharing
+from lightning_dp.per_sample.tracking.sparse_made import DenseMatrices
 from lightning_dp.per_sample.tracking.uses import Recorder, Use
 from lightning_dp.per_sample.workspace import Workspace
 
@@ -64,8 +65,7 @@ class Tracker:
         self._classes: dict[type[Any], type[Any]] = {}
         self.function_class: type[Function] = reporting_class(Function, self)
         self._replaced: list[tuple[Tensor, type[Any]]] = []
-        self._around = ExitStack()
-        self.is_started = False
+        self._around, self.is_started = ExitStack(), False
         self.has_custom = False
         """Whether some functions of parameters are results of a ``torch.autograd.Function``."""
         self.follower: Follower | None = None
@@ -107,10 +107,10 @@ class Tracker:
                 self._classes[plain] = reporting_class(plain, self)
             self._replaced.append((parameter, plain))
             parameter.__class__ = self._classes[plain]
-        self._around.enter_context(uncompiled())  # compiled code does not report its operations
-        self._around.enter_context(UnrolledMaps(is_tracked))
-        for rule in self.replays.rules:
-            self._around.enter_context(rule.installed())
+        installed = [rule.installed() for rule in self.replays.rules]
+        silent: Sequence[Any] = (uncompiled(), UnrolledMaps(is_tracked), DenseMatrices(), *installed)
+        for context in silent:  # code that reports no operations
+            self._around.enter_context(context)
 
     def follow(self, size: int, constants: list[Tensor]) -> None:
         """Follow the owners of rows through every operation, until :meth:`stop`."""
