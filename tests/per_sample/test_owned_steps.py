@@ -198,7 +198,7 @@ def test_rows_without_data_are_not_of_the_only_record(how: str, by_rule: bool) -
     if how == "sums":
         _assert_step_agrees(engine, module, [2, 3], 1)
     else:
-        with pytest.raises(PrivacyError, match="no sample's data are in, such as padding, or sums"):
+        with pytest.raises(PrivacyError, match="no sample's data are in, such as padding, noise or fakes"):
             _assert_step_agrees(engine, module, [2, 3], 1)
 
 

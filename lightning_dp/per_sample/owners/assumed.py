@@ -41,12 +41,15 @@ def alias_among(tensor: Tensor, others: Iterable[Tensor | None]) -> Tensor | Non
         >>> alias_among(torch.Tensor(x), [torch.rand(3), x]) is x, alias_among(x[:2], [x]) is None
         (True, True)
     """
+
+    def layout(one: Tensor) -> tuple[Any, ...]:
+        return memory_of(one), one.storage_offset(), one.shape, one.stride(), one.dtype
+
     with unfollowed():
-        if tensor.layout is not torch.strided or not tensor.numel() or (memory := memory_of(tensor)) == -1:
+        if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel() or memory_of(tensor) == -1:
             return None
+        mine = layout(tensor)
         for one in others:
-            if one is None or one.shape != tensor.shape or one.dtype != tensor.dtype or memory_of(one) != memory:
-                continue
-            if one.stride() == tensor.stride() and one.storage_offset() == tensor.storage_offset():
+            if one is not None and memory_of(one) == mine[0] and layout(one) == mine:
                 return one
     return None
