@@ -86,6 +86,7 @@ def test_sparse_data_after_a_write_is_of_unknown_owners() -> None:
 
 def test_entries_shown_again_are_mixed_after_a_write() -> None:
     follower = Follower(Tracker(Recorder(), materialise=False, workspace=None), 2, [])
+    follower.forget()
     with follower:
         follower.note(rows := torch.rand(3, 3), Rows(0, torch.tensor([0, 1, 1])))
         shown = torch.Tensor(rows)

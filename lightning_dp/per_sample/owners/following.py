@@ -65,7 +65,7 @@ class Follower(Telling):
         self.assumed = Assumed()
         """Tensors that hold a parameter repeated for every sample, as their length says; rows of other owners that they
         meet entry by entry are refused."""
-        self._of_numbers, self._time, self._fresh = TensorSet(), 0, 0
+        self._of_numbers, self._time, self._fresh, self._began = TensorSet(), 0, 0, False
 
     def identity(self, device: torch.device) -> Tensor:
         """Return the tensor ``0 ... B - 1`` on a device, the same object in every call."""
@@ -79,8 +79,8 @@ class Follower(Telling):
         return self._samples[device]
 
     def forget(self) -> None:
-        """Forget the owners of all tensors made so far."""
-        self._notes.clear()
+        """Forget the owners of all tensors made so far, because the step begins."""
+        self._notes, self._began = {}, True
 
     def note(self, tensor: Tensor, owners: Owners) -> None:
         """Record the owners of a tensor."""
@@ -106,7 +106,7 @@ class Follower(Telling):
 
     def _of_alias(self, tensor: Tensor) -> Owners:
         """Return, and record, the owners of a tensor that no operation has made, but another one with its entries."""
-        other = alias_among(tensor, [one() for one, _, _ in self._notes.values()])
+        other = alias_among(tensor, [one() for one, _, _ in self._notes.values()] if self._began else ())
         owners = MIXED if other is None else self._noted_owners(other)
         self.note(tensor, owners)
         for marked in (self.chosen, self.assumed, self._of_numbers):
