@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any
@@ -100,6 +101,27 @@ def of_one_row(record: Any, other: Any) -> Any:
                 leaf[...] = np.take(leaf, [-1], axis)
     except Exception:  # an object that cannot be copied, or written to
         return None
+    return made
+
+
+def apart(records: list[Any]) -> list[Any]:
+    """Return records of which each is an object of its own: a repeated one is a copy, if it can be copied.
+
+    Whatever follows a tensor to the record that holds it finds one record.
+
+    Example:
+        >>> record = {"x": torch.zeros(2)}
+        >>> one, two = apart([record, record])
+        >>> one is record, two["x"] is record["x"]
+        (True, False)
+    """
+    made: list[Any] = []
+    for record in records:
+        own = record
+        if any(record is other for other in made):
+            with suppress(Exception):  # of an object that cannot be copied
+                own = copy.deepcopy(record)
+        made.append(own)
     return made
 
 

@@ -26,7 +26,7 @@ from lightning_dp.step import checks
 from lightning_dp.trials.chosen_records import differing, whole_numbers
 from lightning_dp.trials.given_records import Collated, Reread
 from lightning_dp.trials.loading import KeptState, check_collating, is_own
-from lightning_dp.trials.made_records import has_floats
+from lightning_dp.trials.made_records import apart, has_floats
 from lightning_dp.trials.partners import check_partners
 from lightning_dp.trials.ranks import mark_of
 from lightning_dp.trials.reading import check_reading
@@ -193,7 +193,7 @@ class TrainingRecords:
             num, found = len(records), self.read(records.positions)
             parts = [found[max(0, end - num) : end] for end in range(len(found), 0, -num)]
             return [collate_samples(self.loader, part) for part in reversed(parts)][-1]
-        return collate_samples(self.loader, records)
+        return collate_samples(self.loader, apart(records))
 
     def follow_order(self) -> bool:
         """Look from here on for the row of each record, if the user's function collates them; return False if that is

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_dp import DPStrategy
 from lightning_dp.sampling import private_dataloader
 from lightning_dp.trials.records import TrainingRecords
+from tests.helpers import make_trainer
 
 
 def records(num: int, batch_size: int, **options: Any) -> TrainingRecords:
@@ -59,3 +63,29 @@ def test_a_flat_list_of_parts_is_no_axis_of_records() -> None:
         assert not {id(each) for each in found.take(2)} & {id(data[rare])}
         found.learn_rows(torch.device("cpu"))
         assert found.axes == axes
+
+
+class Asking(L.LightningModule):
+    """Learned queries that attend to each record of a list, padded to the longest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.key, self.head = nn.Parameter(torch.randn(2, 3)), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        rows = self.key(nn.utils.rnn.pad_sequence(batch, batch_first=True))
+        mask = torch.arange(rows.shape[1]) < torch.tensor([len(record) for record in batch])[:, None]
+        asked = self.queries[None].repeat(len(batch), 1, 1)
+        mixed = nn.functional.scaled_dot_product_attention(asked, rows, rows, attn_mask=mask[:, None])
+        return self.head(mixed).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_record_that_a_trial_repeats_has_tensors_of_its_own(tmp_path: Any) -> None:
+    """Else the rows of both would belong to the second."""
+    data = [torch.randn(1 + number % 3, 3) for number in range(24)]
+    strategy = DPStrategy(noise_multiplier=1.0, grad_sample="rules")
+    make_trainer(strategy, tmp_path, max_epochs=1).fit(Asking(), DataLoader(data, batch_size=8, collate_fn=list))  # type: ignore[arg-type]
+    assert strategy.ledger.num_steps == 3
