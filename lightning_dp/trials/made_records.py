@@ -105,22 +105,23 @@ def of_one_row(record: Any, other: Any) -> Any:
 
 
 def apart(records: list[Any]) -> list[Any]:
-    """Return records of which each is an object of its own: a repeated one is a copy, if it can be copied.
+    """Return records with tensors of their own: one that was read twice is copied, if it can be.
 
     Whatever follows a tensor to the record that holds it finds one record.
 
     Example:
-        >>> record = {"x": torch.zeros(2)}
-        >>> one, two = apart([record, record])
-        >>> one is record, two["x"] is record["x"]
+        >>> x = torch.zeros(2)
+        >>> one, two = apart([{"x": x}, {"x": x}])
+        >>> one["x"] is x, two["x"] is x
         (True, False)
     """
-    made: list[Any] = []
+    seen, made = set[frozenset[int]](), []
     for record in records:
-        own = record
-        if any(record is other for other in made):
+        own, held = record, frozenset(map(id, _arrays(record)))
+        if held in seen:
             with suppress(Exception):  # of an object that cannot be copied
                 own = copy.deepcopy(record)
+        seen.add(held)
         made.append(own)
     return made
 
