@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,17 +119,28 @@ def test_owners_that_lie_are_refused() -> None:
         make(layer, loss, batch_of)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_tensor_that_two_records_hold_is_refused(shared: bool) -> None:
-    """Its gradients would count for one of them alone; a record that is there twice, whole, is one record."""
-    layer, common = nn.Linear(3, 3).double(), _features(2, 3)
-    records = [{"x": common if shared else common.clone(), "y": _features(1 + i, 3, seed=i)} for i in range(3)]
+READ: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tensors": (lambda x: x, lambda x: x),
+    "arrays": (lambda x: x.numpy(), torch.from_numpy),
+    "copied arrays": (lambda x: x.numpy(), torch.tensor),
+}
 
-    def loss(batch: list[dict[str, Tensor]]) -> Tensor:
-        return torch.stack([(layer(one["x"]).sum() - layer(one["y"]).sum()).square() for one in batch])
+
+@pytest.mark.parametrize("how", list(READ))
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_tensor_that_two_records_hold_is_refused(shared: bool, how: str) -> None:
+    """Its gradients would count for one of them alone; a record that is there twice, whole, is one record."""
+    layer, (held, read), common = nn.Linear(3, 3).double(), READ[how], _features(2, 3)
+    first = held(common)
+    records = [
+        {"x": first if shared else held(common.clone()), "y": held(_features(1 + i, 3, seed=i))} for i in range(3)
+    ]
+
+    def loss(batch: list[dict[str, Any]]) -> Tensor:
+        return torch.stack([(layer(read(one["x"])).sum() - layer(read(one["y"])).sum()).square() for one in batch])
 
     if not shared:
-        assert make(layer, loss, lambda chosen: [records[i] for i in chosen]).follows_owners
+        assert assert_agrees(layer, loss, lambda chosen: [records[i] for i in chosen], size=3).follows_owners
         return
     with pytest.raises(PrivacyError, match="rows that come from a tensor that two records share"):
         make(layer, loss, lambda chosen: [records[i] for i in chosen])

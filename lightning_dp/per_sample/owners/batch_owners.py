@@ -29,6 +29,7 @@ from lightning_dp.per_sample.owners.batch_reading import Container, Path, read
 from lightning_dp.per_sample.owners.counting import counted
 from lightning_dp.per_sample.owners.following import Follower
 from lightning_dp.per_sample.owners.memo import Memo
+from lightning_dp.per_sample.owners.noting import note_packed, note_records
 from lightning_dp.per_sample.owners.owned import Mixed, Owners, Rows
 
 Kind = tuple[Any, str]
@@ -50,6 +51,7 @@ class BatchOwners:
         self._module = module
         self._kinds: dict[Path, list[Kind]] | None = None  # the best first
         self._sizes: set[int] = set()
+        self._shown: list[Tensor] = []  # show the arrays of a batch, and are noted as long as they live
 
     def learn(self, batch: Any, size: int) -> None:
         """Record how a batch of ``size`` samples names the owners of rows; keep only facts true for all
@@ -95,6 +97,7 @@ class BatchOwners:
         # one size alone does not tell samples from other things of which there are as many
         known = (self._kinds or {}) if len(self._sizes) > 1 else {}
         things, containers = read(batch)
+        self._shown = []
         indices = self._indices(batch, containers, follower.size, follower.memo)
         has_counted, settled = False, list[Path]()
         for path, thing in things:
@@ -117,10 +120,10 @@ class BatchOwners:
                 if found is not None and found[1] != "sample":  # other records may have other numbers of rows
                     follower.chosen.add(thing)
             elif found is not None and isinstance(thing, PackedSequence):
-                _note_packed(thing, follower)
+                note_packed(thing, follower)
             elif found is not None:
                 settled.append(path)
-                _note_records(thing, follower)
+                self._shown += note_records(thing, follower)
 
     def _indices(self, batch: Any, containers: Iterable[Container], size: int, memo: Memo) -> dict[str, Rows]:
         """Return the owner indices of a batch by name, each with the sample of every row, node or edge."""
@@ -167,27 +170,6 @@ def _settled(kinds: list[Kind], tensor: Tensor, follower: Follower, named: Mappi
         return left[0]
     owners = {id(getattr(_owners_of(kind, tensor, follower, named), "index", None)) for kind in left}
     return left[0] if len(owners) == 1 else None
-
-
-def _note_records(records: Any, follower: Follower) -> None:
-    """Note the tensors of a list of records; one that two different records hold is mixed."""
-    holders: dict[int, frozenset[int]] = {}
-    for sample, record in enumerate(records):
-        mine = [tensor for _, tensor in read(record)[0] if isinstance(tensor, Tensor)]
-        whole = frozenset(map(id, mine))
-        for tensor in mine:
-            if holders.setdefault(id(tensor), whole) == whole:
-                follower.note(tensor, Rows(None, follower.identity(tensor.device)[sample : sample + 1]))
-            else:
-                holders[id(tensor)] = frozenset()
-                follower.note(tensor, Mixed("a tensor that two records share"))
-
-
-def _note_packed(packed: PackedSequence, follower: Follower) -> None:
-    follower.note(packed.data, Rows(0, _packed(packed)))
-    if packed.sorted_indices is not None and packed.unsorted_indices is not None:
-        follower.note(packed.sorted_indices, Rows(0, packed.sorted_indices.clone()))
-        follower.note(packed.unsorted_indices, follower.samples(packed.unsorted_indices.device))
 
 
 def _add_given(found: dict[str, Rows], given: Any, size: int, where: str) -> None:
@@ -238,14 +220,6 @@ def _nodes_of(container: Mapping[str, Any], size: int) -> Rows:
             "rows would be dealt to the wrong ones: filter the dataset before fit instead."
         )
     return _checked(batch, size, "batch")
-
-
-def _packed(packed: PackedSequence) -> Tensor:
-    """Return the sample index of every row of a packed sequence."""
-    order = packed.sorted_indices
-    if order is None:
-        order = torch.arange(int(packed.batch_sizes[0]), device=packed.data.device)
-    return torch.cat([order[: int(num)] for num in packed.batch_sizes])
 
 
 def _kinds_of(path: Path, thing: Any, size: int, indices: Mapping[str, Rows]) -> set[Kind]:

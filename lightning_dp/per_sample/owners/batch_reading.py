@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -40,6 +41,14 @@ def read(batch: Any) -> tuple[list[tuple[Path, Any]], list[Container]]:
         if items and (not is_list or hasattr(thing, "_fields")):
             containers.append((path, {str(key): value for key, value in items}))
     return things, containers
+
+
+def shown_by(array: Any) -> Tensor | None:
+    """Return a tensor in the memory of an array; None if there is none, as of words."""
+    try:
+        return torch.from_numpy(array)
+    except (TypeError, ValueError):
+        return None
 
 
 def walk(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_dp.per_sample._torch import TensorSet, base_of, is_mapped, memory_of, unfollowed
 from lightning_dp.per_sample.owners.assumed import Assumed, alias_among
+from lightning_dp.per_sample.owners.batch_reading import shown_by
 from lightning_dp.per_sample.owners.choices import chooses_rows
 from lightning_dp.per_sample.owners.entries import after_mixed
 from lightning_dp.per_sample.owners.memo import Memo, merged
@@ -54,8 +55,7 @@ class Follower(Telling):
 
     def __init__(self, tracker: Tracker, size: int, constants: list[Tensor]) -> None:
         super().__init__()
-        self.tracker, self.size = tracker, size
-        self.memo = Memo()
+        self.tracker, self.size, self.memo = tracker, size, Memo()
         self._constants = {id(tensor): tensor for tensor in constants}  # held, so that no other tensor gets their ids
         self._samples: dict[torch.device, Rows] = {}
         self._notes: dict[int, tuple[weakref.ref[Tensor], int, Owners]] = {}
@@ -141,11 +141,9 @@ class Follower(Telling):
             rows = [(axes, one) for axes, one in found if isinstance(one, Rows)]
             owners = merged(rows, max(axes for axes, _ in found), self.memo)
         is_chosen = any(tensor in self.chosen for tensor in tensors if tensor is not None)
-        for result in results:
-            if result is not None:
-                self.note(result, owners)
-                if is_chosen:
-                    self.chosen.add(result)
+        for result in [one for one in results if one is not None]:
+            self.note(result, owners)
+            self.chosen.add(*[result] * is_chosen)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in SHOWS_NO_ENTRY:
@@ -229,8 +227,7 @@ class Follower(Telling):
             self._note_choice(traits.name, args, kwargs, given, results)
         found = traits.mixed if found is MIXED and not (given and are_from_elsewhere(given)) else found
         each = found if isinstance(found, list) else [found] * len(results)
-        in_place = traits.in_place and bool(args) and results[0] is args[0]
-        if in_place or kwargs.get("out") is not None:
+        if (traits.in_place and args and results[0] is args[0]) or kwargs.get("out") is not None:
             each = [self._written_with(results[0], self._noted_owners(results[0]), each[0], traits), *each[1:]]
         for tensor, one in zip(results, each, strict=False):
             if not isinstance(tensor, Reporting):
@@ -270,6 +267,9 @@ class Follower(Telling):
     ) -> Any:
         """Return the owners of a result, or of each tensor in it."""
         if traits.is_constant or not given:
+            shows = shown_by(args[0]) if args and traits.name in MADE_OF_NUMBERS else None
+            if shows is not None and (found := self._of_alias(shows)) is not MIXED:
+                return found
             return None if traits.is_constant or traits.name in MADE_OF_NUMBERS else MIXED
         owned = [(tensor, rows) for tensor, rows in given if isinstance(rows, Rows)]
         if traits.is_aligned and isinstance(out, Tensor) and are_positions(given, out):
