@@ -44,8 +44,9 @@ def cause_of(names: Sequence[str], hidden: Mapping[str, Any], module: nn.Module)
     if None not in held and (paths := sorted(path for path in held if path)):
         return f"the scripted or traced {paths[0]!r}, which hides its operations. Leave out torch.jit for training"
     return (
-        "a torch.autograd.Function, a scripted or compiled function, torch.vmap, an extension; a penalty "
-        "on weights; rows of which there are as many whatever the batch size, so that records share them; or rows made "
-        "of numbers in training_step, whose record nobody knows (make tensors in the dataset or in collate_fn). "
+        "a torch.autograd.Function, a scripted or compiled function, torch.vmap, a nested tensor, an extension; a "
+        "penalty on weights; rows of which there are as many whatever the batch size, so that records share them; or "
+        "rows made of numbers in training_step, whose record nobody knows (make tensors in the dataset or in "
+        "collate_fn). "
         f"{PENALTY}; per_sample_loss=True lets each record count by itself"
     )
