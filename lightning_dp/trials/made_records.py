@@ -118,7 +118,7 @@ def apart(records: list[Any]) -> list[Any]:
     seen, made = set[frozenset[int]](), []
     for record in records:
         own, held = record, frozenset(map(id, _arrays(record)))
-        if held in seen:
+        if held and held in seen:
             with suppress(Exception):  # of an object that cannot be copied
                 own = copy.deepcopy(record)
         seen.add(held)

@@ -150,7 +150,7 @@ class Follower(Telling):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if kwargs and not args:
-            args, kwargs = first_by_position(getattr(func, "__name__", ""), kwargs)
+            args, kwargs = first_by_position(func, kwargs)
         if self.hear is not None and self._depth == 1:
             self.hear(func, args, kwargs)
         traits, given = traits_of(func), self._given(args, kwargs)

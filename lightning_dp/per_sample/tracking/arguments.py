@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ NO_TENSORS = frozenset((int, float, bool, str, type(None), slice, type(Ellipsis)
 _CONTAINERS = frozenset((tuple, list, dict))
 _FIRST = ("input", "a", "mat1", "other", "mat2", "vec", "b")
 """Names that torch gives to the first arguments of operations, in their order."""
-_ALONE = ("input", "tensors", "self")
+_ALONE = ("input", "tensors")
 """Names of the first argument of operations."""
 _NOT_FIRST = frozenset(("where", "searchsorted", "polygamma", "special_polygamma"))
 """Operations whose ``input`` is not their first argument."""
@@ -89,15 +90,18 @@ def with_other_values(tensor: Tensor) -> Tensor:
     return copied + steps.reshape(tensor.shape).to(tensor.dtype)
 
 
-def first_by_position(name: str, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of an operation that got all of them by keyword, the first one by position if it is known.
+def first_by_position(func: Any, kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of an operation of torch that got all of them by keyword, the first one by position.
 
     Example:
-        >>> first_by_position("sum", {"dim": 1, "input": 3})
+        >>> first_by_position(torch.sum, {"dim": 1, "input": 3})
         ((3,), {'dim': 1})
+        >>> first_by_position(torch.where, {"condition": 1, "input": 3})
+        ((), {'condition': 1, 'input': 3})
     """
     first = next((one for one in _ALONE if one in kwargs), None)
-    if first is None or name in _NOT_FIRST:
+    is_known = isinstance(func, BuiltinFunctionType) or getattr(func, "__module__", "") == "torch.nn.functional"
+    if first is None or not is_known or func.__name__ in _NOT_FIRST:
         return (), kwargs
     return (kwargs[first],), {key: one for key, one in kwargs.items() if key != first}
 
