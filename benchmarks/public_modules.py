@@ -77,7 +77,7 @@ def differences() -> Iterator[list[float]]:
 
     def measured(batched: Any, singles: Any, **options: Any) -> None:
         singles = list(singles)
-        sums = independence.sums_of(batched, singles, options.get("scale", 1.0))[0]
+        sums = independence.sums_of(batched, singles, options.get("scale", 1.0))[1]
         both = sum(sums.values(), torch.zeros(4, 1, dtype=torch.float64))
         largest = max(float(both[:2].max()) ** 0.5, 1e-300)
         found.append(max((float(each[3].max()) ** 0.5 for each in sums.values()), default=math.nan) / largest)

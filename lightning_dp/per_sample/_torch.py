@@ -207,21 +207,6 @@ class UnrolledMaps:
         return pytree.tree_unflatten(whole, found[0][1])
 
 
-sparse_sum: Callable[..., Tensor] = torch._sparse_sum
-"""The function behind ``torch.sparse.sum``, which tensors report."""
-
-
-def views_like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """Return views of a buffer, one after the other, in the shapes of tensors, in one call.
-
-    Example:
-        >>> [each.tolist() for each in views_like(torch.arange(3), [torch.empty(2, 1), torch.empty(1)])]
-        [[[0], [1]], [2]]
-    """
-    views = torch._C._nn.unflatten_dense_tensors(flat, tensors)
-    return [view if view.numel() else view.view(like.shape) for view, like in zip(views, tensors, strict=True)]
-
-
 def add_scaled(targets: list[Tensor], tensors: list[Tensor], factor: float) -> None:
     """Add ``factor * tensor`` to each target, in one call."""
     if tensors:

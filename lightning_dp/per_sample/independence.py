@@ -78,7 +78,7 @@ def compare_with_singles(
     """
     if not 0 < rtol < math.inf:
         raise ValueError(f"Expected 0 < rtol < inf, got rtol={rtol}. Pass a tolerance such as 1e-3.")
-    sums, samples = sums_of(batched, singles, scale)
+    samples, sums = sums_of(batched, singles, scale)
     sums = dict(total(sums))
     totals_b, totals_s, totals_bs, _ = sum(sums.values(), torch.zeros(4, samples, dtype=torch.float64))
     comparable = totals_b.isfinite() | totals_s.isfinite()
@@ -96,17 +96,17 @@ def compare_with_singles(
         if samples and not values.max().item() <= rtol * largest:
             index = int(values.argmax())
             worst[name] = (values[index].item() / largest if largest else math.inf, index)
-    if worst and adds_up is not None and adds_up():
-        pairs = [(one.sqrt().sort().values, two.sqrt().sort().values) for one, two, *_ in sums.values()]
-        sorts = all(torch.allclose(one, two, rtol=0.0, atol=rtol * largest) for one, two in pairs)
-        found = PrivacyError(f"{_difference(worst, rtol)} {_ADDS_UP}{_REORDERED if sorts else _OURS}")
-        found.difference = max(size for size, _ in worst.values())
-        raise found
     if worst:
-        cause = _cause(totals_b, totals_s, totals_bs, max(rtol, 1e-3))
-        different = ComparisonError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")
-        different.difference = max(size for size, _ in worst.values())
-        raise different
+        error: PrivacyError
+        if adds_up is not None and adds_up():
+            pairs = [(one.sqrt().sort().values, two.sqrt().sort().values) for one, two, *_ in sums.values()]
+            sorts = all(torch.allclose(one, two, rtol=0.0, atol=rtol * largest) for one, two in pairs)
+            error = PrivacyError(f"{_difference(worst, rtol)} {_ADDS_UP}{_REORDERED if sorts else _OURS}")
+        else:
+            cause = _cause(totals_b, totals_s, totals_bs, max(rtol, 1e-3))
+            error = ComparisonError(f"{_difference(worst, rtol)} {cause}{_suspects(module)}")
+        error.difference = max(size for size, _ in worst.values())
+        raise error
 
 
 def find_unsupported(module: nn.Module, *, runs_samples_alone: bool = False) -> list[tuple[str, nn.Module, str]]:
@@ -171,10 +171,8 @@ def _why_not_together(module: nn.Module) -> str:
 
 def sums_of(
     batched: Mapping[str, Tensor], singles: Iterable[Mapping[str, Tensor]], scale: float
-) -> tuple[dict[str, Tensor], int]:
-    """Return, by parameter, the squared norms of both gradients of each of B samples, their inner product and squared
-    distance, shape ``(4, B)``; and B. Arguments and errors are those of :func:`compare_with_singles`.
-    """
+) -> tuple[int, dict[str, Tensor]]:
+    """Return B, and by parameter ``(4, B)``: squared norms of both gradients, inner product, squared distance."""
     rows: dict[str, dict[int, Tensor]] = {}
     samples = 0
     for single in singles:
@@ -200,7 +198,7 @@ def sums_of(
             )
     none = torch.zeros(4, dtype=torch.float64)
     sums = {name: torch.stack([found.get(i, none) for i in range(samples)], 1) for name, found in rows.items()}
-    return sums, samples
+    return samples, sums
 
 
 def _pair_sums(batched: Tensor, alone: Tensor, scale: float) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from lightning_dp.clipping import Clipping
 from lightning_dp.masks import ParameterMask
 from lightning_dp.noise import CorrelatedGaussianNoise, GaussianNoise
-from lightning_dp.per_sample._torch import real_view, views_like
+from lightning_dp.per_sample._torch import real_view
 from lightning_dp.per_sample.targets import Places, Targets, places_of
 from lightning_dp.system.local import as_gradient, local_part
+from lightning_dp.system.torch_private import views_like
 
 
 class Accumulator:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
@@ -20,6 +21,10 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of batch norms."""
 InstanceNorm = nn.modules.instancenorm._InstanceNorm
 """Base class of instance norms."""
+
+
+sparse_sum: Callable[..., Tensor] = torch._sparse_sum
+"""The function behind ``torch.sparse.sum``, which tensors report."""
 
 
 def is_lazy_layer(layer: nn.Module) -> bool:
@@ -209,3 +214,14 @@ def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def wrapped_sampler(sampler: Any) -> Any:
     """Return the sampler inside a distributed wrapper of Lightning, or the given sampler if there is none inside."""
     return getattr(sampler.dataset, "_sampler", sampler)
+
+
+def views_like(flat: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Return views of a buffer, one after the other, in the shapes of tensors, in one call.
+
+    Example:
+        >>> [each.tolist() for each in views_like(torch.arange(3), [torch.empty(2, 1), torch.empty(1)])]
+        [[[0], [1]], [2]]
+    """
+    views = torch._C._nn.unflatten_dense_tensors(flat, tensors)
+    return [view if view.numel() else view.view(like.shape) for view, like in zip(views, tensors, strict=True)]

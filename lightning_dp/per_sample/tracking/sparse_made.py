@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyError
-from lightning_dp.per_sample._torch import sparse_sum
 from lightning_dp.per_sample.layout import WAY_OUT
 from lightning_dp.per_sample.tracking.nodes import is_tracked
+from lightning_dp.system.torch_private import sparse_sum
 
 if TYPE_CHECKING:
     from lightning_dp.per_sample.tracking.tracker import Tracker

@@ -107,9 +107,8 @@ class Tracker:
                 self._classes[plain] = reporting_class(plain, self)
             self._replaced.append((parameter, plain))
             parameter.__class__ = self._classes[plain]
-        installed = [rule.installed() for rule in self.replays.rules]
-        silent: Sequence[Any] = (uncompiled(), UnrolledMaps(is_tracked), DenseMatrices(), *installed)
-        for context in silent:  # code that reports no operations
+        silent: list[Any] = [uncompiled(), UnrolledMaps(is_tracked), DenseMatrices()]  # code that reports no operations
+        for context in silent + [rule.installed() for rule in self.replays.rules]:
             self._around.enter_context(context)
 
     def follow(self, size: int, constants: list[Tensor]) -> None:
