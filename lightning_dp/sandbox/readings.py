@@ -6,7 +6,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_dp.per_sample._torch import frame_above, in_backward, known_to_scripts, unfollowed
 from lightning_dp.system.local import is_sharded
+from lightning_dp.system.torch_private import KERNELS, watch_nonzero
 
 _FRAMEWORKS = frozenset(("torch", "lightning", "pytorch_lightning", "lightning_fabric"))
 _OURS = __name__.partition(".")[0]
@@ -33,10 +34,9 @@ class Readings:
 
     **Guarantee**: noted is each value that ``bool``, ``int``, ``float``, an index, ``.item()`` or ``torch.equal``
     returns, with the line of user code that asks; of a tensor that becomes a list or an array, its least and largest
-    value, or all whole numbers if it has few entries; of what ``nonzero`` or ``unique`` gives, the number of rows.
-    Whole numbers up to 2 (up to 63 in lists and arrays) differ from all others; larger ones and fractions differ by
-    their power of two, and of 16. NOT noted: words; rows that a mask as an index gives, because tensors whose class has
-    an own ``__getitem__`` count as sequences, also without axes; and what other threads read.
+    value, or all whole numbers if it has few entries; of what a mask, ``nonzero``, ``unique`` or ``repeat_interleave``
+    gives, the number of rows. Whole numbers up to 2 (up to 63 in lists and arrays) differ from all others; larger ones
+    and fractions differ by their power of two, and of 16. NOT noted: words, and what other threads read.
     """
 
     def __init__(self) -> None:
@@ -48,6 +48,7 @@ class Readings:
             for owner, name, watched in _replacements():
                 _own[owner, name] = vars(owner).get(name, _INHERITED)
                 setattr(owner, name, watched)
+            _at_end.append(watch_nonzero(_note_rows))  # a class with a ``__getitem__`` would make sequences of tensors
         _open.append(self)
         return self
 
@@ -59,16 +60,15 @@ class Readings:
         found, self._found = self._found, set()
         return found
 
-    def note(self, tell: Tell, given: Any, result: Any, above: int = 2) -> None:
-        """Take note of what was read so many frames above, unless this package has read it.
+    def note(self, tell: Tell, given: Any, result: Any, frame: FrameType | None) -> None:
+        """Take note of what was read in a frame, or above it, unless this package has read it.
 
         Args:
             tell: yields what there is to note.
             given: arguments of a function of torch.
             result: of this function.
-            above: number of frames.
+            frame: from which this function was called.
         """
-        frame: FrameType | None = frame_above(above)
         while frame is not None and (name := _package_of(frame)) in _FRAMEWORKS:
             frame = frame.f_back
         if frame is not None and name != _OURS and (threading.get_ident() == self._thread or in_backward()):
@@ -78,6 +78,8 @@ class Readings:
 
 
 _open: list[Readings] = []
+_at_end: list[Callable[[], None]] = []
+"""The functions that undo what is no attribute."""
 _own: dict[tuple[Any, str], Any] = {}
 """The functions of torch that are replaced now; ``_INHERITED`` for those that a class had from another one."""
 _INHERITED = object()
@@ -88,7 +90,26 @@ def note_extremes(tensor: Any) -> None:
     above had read them: no value of this batch tells what they are.
     """
     if _open and isinstance(tensor, Tensor):
-        _open[-1].note(_extremes, (tensor,), None, above=4)
+        _open[-1].note(_extremes, (tensor,), None, frame_above(3))
+
+
+def _note_rows(chosen: Tensor) -> None:
+    """Take note of a number of rows, in the line of user code that has asked for them, perhaps by operations that this
+    package sees first.
+    """
+    if _open:
+        frame: FrameType | None = frame_above(2)
+        asked = True
+        while frame is not None and (name := _package_of(frame)) in (_OURS, *_FRAMEWORKS):
+            asked = _hands_on(frame.f_code) if name == _OURS else asked
+            frame = frame.f_back
+        if asked:
+            _open[-1].note(_rows, (), chosen, frame)
+
+
+def _hands_on(code: CodeType) -> bool:
+    """Tell whether code is a ``__torch_function__`` or ``__torch_dispatch__``, which runs operations of others."""
+    return {"func", "types"} <= {*code.co_varnames[: code.co_argcount]}
 
 
 def restore() -> None:
@@ -100,14 +121,16 @@ def restore() -> None:
             else:
                 setattr(owner, name, function)
         _own.clear()
+        while _at_end:
+            _at_end.pop()()
 
 
-def _watched(call: Callable[..., Any], name: str, tell: Tell, applies: Callable[..., bool]) -> Callable[..., Any]:
+def _watched(call: Callable[..., Any], name: str, tell: Tell) -> Callable[..., Any]:
     @functools.wraps(call)
     def watched(*args: Any, **kwargs: Any) -> Any:
         result = call(*args, **kwargs)
-        if _open and applies(args, result):
-            _open[-1].note(tell, args, result)
+        if _open:
+            _open[-1].note(tell, (*args, *kwargs.values()), result, frame_above(1))
         return result
 
     watched.__name__ = name  # by which operations on parameters are known
@@ -120,8 +143,8 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
     scripts know functions by their addresses.
     """
     made = [
-        (owner, name, _watched(getattr(owner, name), name, tell, applies))
-        for owner, name, tell, applies in _functions()
+        (owner, name, _watched(getattr(owner, name), name, tell))
+        for owner, name, tell in _functions()
         if hasattr(owner, name)
     ]
     for owner, name, watched in made:
@@ -129,28 +152,22 @@ def _replacements() -> list[tuple[Any, str, Callable[..., Any]]]:
     return made
 
 
-def _functions() -> Iterator[tuple[Any, str, Tell, Callable[..., bool]]]:
-    """Yield owner and name of each function that shows values, what to note of it, and when."""
+def _functions() -> Iterator[tuple[Any, str, Tell]]:
+    """Yield owner and name of each function that shows values, and what to note of it."""
     for name in ("item", "__bool__", "__int__", "__float__", "__index__"):
-        yield Tensor, name, _number, _always
+        yield Tensor, name, _number
     for name in ("tolist", "numpy", "__dlpack__"):
-        yield Tensor, name, _values, _always
-    yield torch, "where", _rows, _of_tuple
-    yield torch, "_unique2", _rows, _always  # called by ``unique``, which scripts know by its own code
+        yield Tensor, name, _values
+    yield torch, "_unique2", _rows  # called by ``unique``, which scripts know by its own code
+    for name in ("unique_dim", "unique_consecutive"):
+        yield KERNELS, name, _rows
+    yield torch.nn.functional, "one_hot", _length
     for owner in (torch, Tensor):
         for name in ("equal", "allclose", "is_nonzero"):
-            yield owner, name, _number, _always
-        for name in ("nonzero", "argwhere", "masked_select"):
-            yield owner, name, _rows, _always
-        yield owner, "bincount", _length, _always
-
-
-def _always(_: Any, __: Any) -> bool:
-    return True
-
-
-def _of_tuple(_: Any, result: Any) -> bool:
-    return isinstance(result, tuple)
+            yield owner, name, _number
+        yield owner, "masked_select", _rows
+        yield owner, "repeat_interleave", _repeated
+        yield owner, "bincount", _length
 
 
 def _number(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
@@ -158,12 +175,17 @@ def _number(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashabl
 
 
 def _rows(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
-    chosen = result[0] if isinstance(result, tuple) else result
-    yield ("rows", _about(len(chosen))), True
+    for axis, size in enumerate((result[0] if isinstance(result, tuple) else result).shape):
+        yield ("rows", axis, _about(size)), True
 
 
 def _length(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
-    yield ("length", _finely(len(result))), True
+    yield ("length", _finely(result.shape[-1])), True
+
+
+def _repeated(args: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
+    if len(args) == 1 or any(isinstance(each, Tensor) for each in args[1:]):  # numbers do not come from records
+        yield from _rows(args, result)
 
 
 def _values(args: Any, _: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:

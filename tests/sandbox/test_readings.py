@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import PrivacyError
+from lightning_dp.per_sample.frozen_randomness import FrozenRandomness
 from lightning_dp.sandbox.readings import Readings, restore
 from lightning_dp.trials.firsts import MOST, MOST_AT_ONCE, Firsts
 from tests.helpers import make_dataset
@@ -47,9 +49,12 @@ def test_values_differ_by_their_size(values: Any, num: int) -> None:
     "read",
     [
         lambda it: it.tolist(), lambda it: it.numpy(), np.asarray, lambda it: np.from_dlpack(it),
-        lambda it: (it > 1).nonzero(),
+        lambda it: (it > 1).nonzero(), lambda it: it[it > 1], lambda it: it[1:, None][it[1:] > 1],
         lambda it: torch.where(it > 1), lambda it: torch.argwhere(it > 1), lambda it: it.masked_select(it > 1),
         lambda it: it.unique(), lambda it: torch.unique(it, return_counts=True), lambda it: torch.bincount(it),
+        lambda it: it.sort()[0].unique_consecutive(), lambda it: it.repeat(2, 1).unique(dim=1),
+        lambda it: nn.functional.one_hot(it),
+        lambda it: it.repeat_interleave(it), lambda it: torch.repeat_interleave(it, repeats=it),
         lambda it: torch.equal(it, it.clamp(max=1)), lambda it: it.allclose(it.clamp(max=1)),
     ],
 )  # fmt: skip
@@ -62,6 +67,17 @@ def test_what_shows_a_rare_entry_is_noted(read: Callable[[Tensor], Any]) -> None
             found.append(readings.take())
     assert found[0] == found[1]
     assert found[2] - found[0]
+
+
+def test_rows_are_noted_of_operations_of_users_alone() -> None:
+    rows = torch.randn(3, 2)
+    with Readings() as readings, FrozenRandomness():
+        _ = rows[rows[:, 0] == 2.0]
+    assert {line[0] for line, _ in readings.take()} == {__file__}
+    ours: Any = types.FunctionType((lambda it: it[it[:, 0] == 2.0]).__code__, {"__name__": "lightning_dp.layer"})
+    with Readings() as readings:
+        ours(rows)
+    assert not readings.take()
 
 
 def test_choices_by_given_places_show_nothing() -> None:
