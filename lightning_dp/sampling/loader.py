@@ -14,6 +14,7 @@ from lightning_dp.sampling.batches import LogicalBatch, MicrobatchCollate
 from lightning_dp.sampling.checks import check_count
 from lightning_dp.sampling.facts import SamplingFacts
 from lightning_dp.sampling.fetch import BeforeRecords, BeforeStream, as_it_is
+from lightning_dp.sampling.first_rows import FirstRows
 from lightning_dp.sampling.gather import Gather
 from lightning_dp.sampling.indices import CyclicBatchSampler
 
@@ -205,6 +206,7 @@ class PrivateDataLoader(DataLoader[Any]):
             )
         try:
             items = super().__iter__()
+            items = self._compared(items) if isinstance(dataset, IterableDataset) else items
             return self._noted(items) if self.num_workers == 0 and rows is None else items
         finally:
             self.__dict__["dataset"], self.__dict__["collate_fn"] = dataset, collate
@@ -215,4 +217,10 @@ class PrivateDataLoader(DataLoader[Any]):
             if (item := next(items, None)) is None:
                 return
             item.changed = changes()
+            yield item
+
+    def _compared(self, items: Iterator[LogicalBatch]) -> Iterator[LogicalBatch]:
+        first = FirstRows(self.num_workers)
+        for item in items:
+            first.see(item)
             yield item
