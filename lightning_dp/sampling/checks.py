@@ -130,7 +130,7 @@ def dataset_length(dataset: object) -> int:
 
 def check_once(dataset: object, size: int) -> None:
     """Raise ValueError if ``Subset`` and ``ConcatDataset`` make several records out of one."""
-    for source, positions in _sources(dataset, np.arange(size)):
+    for source, positions in sources(dataset, np.arange(size)):
         repeated = len(positions) - len(np.unique(positions))
         if repeated:
             raise ValueError(
@@ -140,18 +140,18 @@ def check_once(dataset: object, size: int) -> None:
             )
 
 
-def _sources(dataset: Any, positions: NDArray[Any]) -> list[tuple[Any, NDArray[Any]]]:
+def sources(dataset: Any, positions: NDArray[Any]) -> list[tuple[Any, NDArray[Any]]]:
     """Return the datasets below ``Subset`` and ``ConcatDataset``, each with the positions that are read from it."""
     if type(dataset) is Subset:
         indices = np.asarray(dataset.indices)
-        return _sources(dataset.dataset, indices[positions]) if indices.dtype.kind in "iu" else []
+        return sources(dataset.dataset, indices[positions]) if indices.dtype.kind in "iu" else []
     if type(dataset) is not ConcatDataset:
         return [(dataset, positions % size if (size := dataset_length(dataset)) else positions)]
     starts = [0, *dataset.cumulative_sizes]
     found: dict[int, tuple[Any, list[NDArray[Any]]]] = {}
     for part, start, end in zip(dataset.datasets, starts, starts[1:], strict=False):
         inside = positions[(start <= positions) & (positions < end)] - start
-        for source, own in _sources(part, inside):
+        for source, own in sources(part, inside):
             found.setdefault(id(source), (source, []))[1].append(own)
     return [(source, np.concatenate(parts)) for source, parts in found.values()]
 

@@ -42,14 +42,14 @@ def check_reading(dataset: Any, positions: list[int], *, streams: int = NUM_STRE
         return
     first, second, third = (positions * 2)[:3]
     for stream in range(streams):
-        once = content_of(_read(dataset, [first], stream)[0], dataset)
-        item = _read(dataset, [first], stream)[0]
+        once = content_of(read_under(dataset, [first], stream)[0], dataset)
+        item = read_under(dataset, [first], stream)[0]
         state, before = _state(dataset), content_of(item, dataset)
-        _read(dataset, [second], stream)
+        read_under(dataset, [second], stream)
         between = _state(dataset)
         if not alike(before, content_of(item, dataset)):
             raise PrivacyError(_message("its memory was written to as the next one was read", "Return a copy"))
-        again = content_of(_read(dataset, [first], stream)[0], dataset)
+        again = content_of(read_under(dataset, [first], stream)[0], dataset)
         # an item that changes whenever it is read, and leaves no state, draws from the system's entropy
         has_state = alike(once, before) or not (alike(state, between) and alike(state, _state(dataset)))
         if has_state and not alike(before, again):
@@ -63,14 +63,16 @@ def check_reading(dataset: Any, positions: list[int], *, streams: int = NUM_STRE
 def _check_together(dataset: Any, first: int, second: int, third: int) -> None:
     for place, ours, others in ((0, [first, second], [first, third]), (1, [second, first], [third, first])):
         drawn: list[bool] = []
-        items = [content_of(_read(dataset, positions, 0, drawn)[place], dataset) for positions in (ours, ours, others)]
+        items = [
+            content_of(read_under(dataset, positions, 0, drawn)[place], dataset) for positions in (ours, ours, others)
+        ]
         if place and any(drawn):  # its draws follow those of the item before it
             continue
         if alike(items[0], items[1]) and not alike(items[0], items[2]):
             raise PrivacyError(_message("it was another one among other items", "Let __getitems__ treat each alone"))
 
 
-def _read(dataset: Any, positions: list[int], stream: int, drawn: list[bool] | None = None) -> list[Any]:
+def read_under(dataset: Any, positions: list[int], stream: int, drawn: list[bool] | None = None) -> list[Any]:
     """Read items under a random stream of their own; generators of the dataset are put back."""
     restore = [generator_restorer(value) for value in _walk(dataset, 0, set()) if isinstance(value, GENERATORS)]
     with fresh_randomness(stream):

@@ -30,6 +30,7 @@ from lightning_dp.trials.made_records import apart, has_floats
 from lightning_dp.trials.partners import check_partners
 from lightning_dp.trials.ranks import mark_of
 from lightning_dp.trials.reading import check_reading
+from lightning_dp.trials.repeats import check_repeats
 from lightning_dp.trials.row_order import RowOrder
 
 _NUM_PLACES = 16  # records that are compared from pass to pass
@@ -58,6 +59,7 @@ class TrainingRecords:
         self._stand_in: tuple[PrivateDataLoader, list[Any]] | None = None  # with the loader that it comes from
         self.order = RowOrder(self.collated)
         """Finds the row of each record in a batch."""
+        self._unrepeated: Any = None  # the dataset whose records are known to have one position each
         self.labels: list[Any] = []
         """Whole numbers and words of a few records, at the beginning of the last pass."""
 
@@ -87,12 +89,12 @@ class TrainingRecords:
         return read(self.loader.dataset, positions)
 
     def check_reading(self, seed: int) -> None:
-        """Check that an item of a dataset with random access is the same whatever else is read, and made of one record;
-        and that a batch does not depend on the batches before it.
+        """Check that an item of a dataset with random access is the same whatever else is read, made of one record, and
+        at one position; and that a batch does not depend on the batches before it.
 
         Raises:
-            PrivacyError: an item or a batch changes with others, or random draws decide of which records an item is
-                made.
+            PrivacyError: an item or a batch changes with others, random draws decide of which records an item is made,
+                or a record has several positions.
         """
         dataset = self.loader.dataset
         if isinstance(dataset, IterableDataset):
@@ -102,6 +104,9 @@ class TrainingRecords:
         if not is_plain(dataset):
             check_reading(dataset, self._positions(3, seed))
             check_partners(dataset, self._positions(3, seed))
+            if self._unrepeated is not dataset and self.loader.facts.unit != "user":
+                check_repeats(dataset)
+                self._unrepeated = dataset
 
     def check_order(self) -> None:
         """Check, at the beginning of a pass, that the records are where they were, by their whole numbers and words.

@@ -1,0 +1,93 @@
+"""Repeat check: a dataset has no more positions than records, as it has if positions are folded (``index % n``)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_dp.errors import PrivacyError
+from lightning_dp.sampling.checks import dataset_length, sources
+from lightning_dp.sampling.gather import is_plain
+from lightning_dp.trials.reading import alike, content_of, read_under
+
+#: Pairs of positions that hold equal items, where the items of different pairs differ.
+_PAIRS = 8
+_MOST_LENGTHS = 8
+Fold = tuple[Callable[[NDArray[Any]], NDArray[Any]], list[tuple[int, int]]]
+"""What a dataset may make of positions, and pairs of positions that are then one."""
+
+
+def check_repeats(dataset: Any) -> None:
+    """Check that a dataset does not return one record at several positions.
+
+    Tried are ``index % n`` and ``index // k``, for each prime k or length / n, and for each n that is the length of
+    something that the dataset holds. Random draws are the same for all items. NOT found: records at positions of
+    another order, such as those that an index of weights repeats, and records that are drawn at random.
+
+    Args:
+        dataset: with random access.
+
+    Raises:
+        PrivacyError: a record is at several positions, so it joins a batch more often than the ledger counts.
+    """
+    for source, positions in sources(dataset, np.arange(dataset_length(dataset))):
+        if is_plain(source):
+            continue
+        for fold, pairs in _folds(source):
+            if len(np.unique(fold(positions))) < len(positions) and _are_equal(source, pairs):
+                one, other = pairs[0]
+                raise PrivacyError(
+                    f"Expected a dataset with each record at one position, got equal records at {one} and {other}, and "
+                    f"at {len(pairs) - 1} more pairs like it. Such a record joins batches more often than the ledger "
+                    "counts: return the number of records as the length and train for more epochs, or pass unit and "
+                    "records_per_unit, with equal ids for copies."
+                )
+
+
+def _folds(source: Any) -> Iterator[Fold]:
+    size = dataset_length(source)
+    lengths = {len(held) for held in getattr(source, "__dict__", {}).values() if hasattr(held, "__getitem__")}
+    lengths = {*sorted(each for each in lengths if each < size)[-_MOST_LENGTHS:]}
+    primes = [*_primes(size)]
+    for length in lengths.union(size // prime for prime in primes):
+        if _PAIRS <= length <= size - _PAIRS:
+            yield (lambda index, by=length: index % by), [(at, at + length) for at in range(_PAIRS)]
+    for times in {*primes, *(size // length for length in lengths if length)}:
+        if 2 <= times <= (apart := size // _PAIRS):
+            firsts = [at * apart // times * times for at in range(_PAIRS)]
+            yield (lambda index, by=times: index // by), [(first, first + 1) for first in firsts]
+
+
+def _primes(number: int) -> Iterator[int]:
+    """Yield the prime divisors of a number."""
+    for divisor in itertools.count(2):
+        if divisor * divisor > number:
+            break
+        if number % divisor == 0:
+            yield divisor
+        while number % divisor == 0:
+            number //= divisor
+    if number > 1:
+        yield number
+
+
+def _are_equal(source: Any, pairs: list[tuple[int, int]]) -> bool:
+    """Tell whether the items of each pair are equal, and those of different pairs are not."""
+
+    def item(position: int) -> list[Any]:
+        return content_of(read_under(source, [position], 0)[0], source)
+
+    firsts: list[list[Any]] = []
+    try:
+        for one, other in pairs:
+            first = item(one)
+            if any(alike(first, earlier) for earlier in firsts) or not alike(first, item(other)):
+                return False
+            firsts.append(first)
+    except Exception:  # an item that cannot be read is left to the step that draws it
+        return False
+    return True
