@@ -134,7 +134,7 @@ class PrivateFit:
         """
         batch, self._batch = checks.drawn(self._batch), None
         self._host.arguments = rest, kwargs
-        self._trial.losses.begin(batch)
+        self._trial.losses.begin(batch, read=self._host.hooks.readings.take())
         self._counts = Counts.of_batch(self._strategy, self._counts, stopped=self._host.hooks.stopped)
         self._layers.check()
         self.check_callbacks()

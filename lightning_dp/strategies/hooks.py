@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -19,8 +19,10 @@ from torch.utils._pytree import tree_map
 
 from lightning_dp.errors import PrivacyError
 from lightning_dp.sandbox.close_looks import CloseLook, Eye
+from lightning_dp.sandbox.readings import Readings
 from lightning_dp.sandbox.saved_state import leaves_of
 from lightning_dp.strategies import _lightning, _progress
+from lightning_dp.strategies.given import left_as_given
 from lightning_dp.strategies.outcomes import ends_of
 from lightning_dp.strategies.overrides import Overrides
 from lightning_dp.system.local import address_of
@@ -39,6 +41,8 @@ _OF_BATCHES = (
 _FAR = (
     "on_validation_start", "on_validation_epoch_start", "on_validation_epoch_end", "on_validation_end", "on_train_end",
 )  # fmt: skip
+_BEFORE_BACKWARD = ("on_train_batch_start", "on_before_backward")
+"""Those that are given a batch or loss whose gradients count."""
 _OF_TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -75,6 +79,8 @@ class UserHooks:
         self._far: list[tuple[Any, str]] = []  # hooks of ``_FAR`` that have changed the module
         self._has_begun, self._added_in = False, -1  # epoch in which a hook has added groups to an optimizer
         self._before: dict[str, Any] | None = None
+        self.readings = Readings()
+        """What a hook of the module has read of the batch before its step."""
         self.stopped = False
         """Whether user code has asked for the end of the run."""
 
@@ -212,7 +218,8 @@ class UserHooks:
             is_far, has_stopped, num_groups = name in _FAR, self.stopped, self._num_groups()
             takes_part, begins = self._takes_part(owner, name), self._begin_epoch if name == BETWEEN_EPOCHS[1] else None
             before = None if takes_part and begins is None else look()
-            with self.watching_stops(owner, "" if is_far else name):
+            given = [*args[2:], *kwargs.values()]
+            with self.watching_stops(owner, "" if is_far else name), self._watching_batch(owner, name, given):
                 answer = hook(*args, **kwargs)
             has_added = begins is not None and self._num_groups() != num_groups
             if has_added:
@@ -231,6 +238,16 @@ class UserHooks:
             return answer
 
         return watched
+
+    def _watching_batch(self, owner: Any, name: str, given: list[Any]) -> AbstractContextManager[object]:
+        """Watch a hook that is given a real batch or loss: what the module's reads is noted, as in its step; that of a
+        callback, which is not tried, may not change it.
+        """
+        if name not in _BEFORE_BACKWARD or not self._strategy.settings.check_per_sample:
+            return nullcontext()
+        if owner is not self._strategy.module:
+            return left_as_given(f"{type(owner).__name__}.{name}", given)
+        return nullcontext() if self._strategy.state.runs_alone else self.readings
 
     @contextmanager
     def watching_stops(self, owner: Any, name: str) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Set
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -66,10 +66,15 @@ class RealLosses:
         """Watch the calls of the next batch in any case."""
         self._begins = True
 
-    def begin(self, batch: LogicalBatch) -> None:
-        """Begin a batch; positions of the records of each microbatch are noted as far as they are known."""
+    def begin(self, batch: LogicalBatch, *, read: Set[Any] = frozenset()) -> None:
+        """Begin a batch; positions of the records of each microbatch are noted as far as they are known.
+
+        Args:
+            batch: item of the private loader.
+            read: values that hooks have read of its last microbatch.
+        """
         positions = self._positions = batch.positions
-        self._read = batch.read
+        self._read = [*batch.read[:-1], *(found | read for found in batch.read[-1:])]
         self._sizes = [_sizes_of_rows(part, count) for count, _, part in batch.parts]
         self.part, self._step.engine.joined = -1, batch.joined
         self._written.begin(positions, batch.changed)
