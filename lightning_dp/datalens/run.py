@@ -97,7 +97,9 @@ class DataLensRun(StateFacts, pl.LightningModule):
 
     def _build_plan(self, trainer: pl.Trainer) -> DataLensPlan:
         settings = self.settings
-        size = len(trainer_checks.dataset_of(trainer))
+        dataset = trainer_checks.dataset_of(trainer)
+        trainer_checks.check_records(dataset, trainer_checks.collate_of(trainer))
+        size = len(dataset)
         if self._dataset_size not in (None, size):
             raise PrivacyError(
                 f"Expected the {self._dataset_size} records of the ledger's dataset, got {size}. Go on with the same "

@@ -82,7 +82,8 @@ def read_shards(
         dataset: map-style, with items ``(features, label)``, or ``features`` alone when there is one class.
         indices: shape (teachers, shard size), from ``partition``.
         num_classes: number of classes; labels are whole numbers from 0 to ``num_classes - 1``.
-        collate: makes a batch of a list of items; default: torch's.
+        collate: makes a batch of a list of items, and is given one item at a time, so that it can mix no records;
+            default: torch's.
 
     Returns:
         Features and labels of the shards. Private.
@@ -94,7 +95,7 @@ def read_shards(
     collate = default_collate if collate is None else collate
     parts = [
         _features_and_labels(collate([dataset[int(i)] for i in some]), num_classes)
-        for some in torch.split(indices.reshape(-1), _READ_AT_ONCE)
+        for some in torch.split(indices.reshape(-1), _READ_AT_ONCE if collate is default_collate else 1)
     ]
     features, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     if not bool(((labels >= 0) & (labels < num_classes)).all()):

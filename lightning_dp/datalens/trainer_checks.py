@@ -18,9 +18,15 @@ from torch.utils.data import (
 
 from lightning_dp.datalens.settings import DataLensSettings
 from lightning_dp.datalens.shards import StepsOver
+from lightning_dp.sampling.checks import check_once
+from lightning_dp.sampling.gather import is_plain
 from lightning_dp.strategies._lightning import MultiProcessingLauncher, start_method
 from lightning_dp.strategies.base import PrivateStrategy
 from lightning_dp.strategies.trainer_checks import check_bounded, check_precision
+from lightning_dp.trials.loading import check_collating, is_own
+from lightning_dp.trials.partners import check_partners
+from lightning_dp.trials.reading import check_reading
+from lightning_dp.trials.repeats import check_repeats
 
 _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler, BatchSampler)
 
@@ -81,6 +87,24 @@ def dataset_of(trainer: pl.Trainer) -> Any:
                 "itself: pass torch.utils.data.Subset(dataset, indices) to leave records out."
             )
     return dataset
+
+
+def check_records(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> None:
+    """Check that one record is in one shard: at one position of the dataset, and in no item of another position.
+
+    Raises:
+        ValueError: ``Subset`` or ``ConcatDataset`` repeats records.
+        PrivacyError: the dataset itself does, or makes items of several records, or the collate function keeps some.
+    """
+    size = len(dataset)
+    check_once(dataset, size)
+    positions = sorted({0, size // 2, size - 1})
+    if not is_plain(dataset):
+        check_reading(dataset, positions)
+        check_partners(dataset, positions)
+        check_repeats(dataset)
+    if collate is not None and is_own(collate) and size > 2:
+        check_collating(collate, collate, [dataset[position] for position in positions])
 
 
 def collate_of(trainer: pl.Trainer) -> Callable[[list[Any]], Any] | None:

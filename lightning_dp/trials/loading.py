@@ -153,15 +153,16 @@ class KeptState:
             if cell != types.CellType()
         ]
         self._names: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         for part in parts:
             held, used = getattr(part, "__dict__", None), getattr(getattr(part, "__code__", None), "co_names", ())
             if isinstance(held, dict):
-                self._names.append((held, dict(held)))
+                self._attributes.append((held, dict(held)))
             if used:
                 known = part.__globals__
                 self._names.append((known, {name: known[name] for name in used if name in known}))
         values = [content for _, content in self._cells]
-        values += [value for _, before in self._names for value in before.values()]
+        values += [value for _, before in (*self._attributes, *self._names) for value in before.values()]
         self._containers = [
             (each, copy.copy(each)) for each in values if type(each) in _FILLED and len(each) <= _LONGEST
         ]
@@ -173,6 +174,10 @@ class KeptState:
             cell.cell_contents = content
         for held, before in self._names:
             held.update(before)
+        for held, before in self._attributes:
+            held.update(before)
+            for name in held.keys() - before.keys():  # which may hide an attribute of the class
+                del held[name]
         for container, content in self._containers:
             container.clear()
             (container.update if isinstance(container, (dict, set)) else container.extend)(content)

@@ -14,7 +14,15 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from lightning_dp import DPStrategy, Epsilon, EpsilonMonitor, PrivacyBudget, PrivacyError
 from lightning_dp.datalens import DataLens, MLPGenerator, StepsOver, epsilon_after
@@ -198,6 +206,43 @@ class Stream(IterableDataset):
 def test_loaders_that_hide_or_weigh_records_are_refused(tmp_path: Path, loader: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit(make_model(), tmp_path, loader=loader(), max_steps=1)
+
+
+class Folded(Dataset[Any]):
+    """Its length is twice its number of records."""
+
+    records = make_records()
+
+    def __len__(self) -> int:
+        return 2 * len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.records[index % len(self.records)]
+
+
+class Mean:
+    """A collate function that subtracts a mean of the records before."""
+
+    mean: Any = 0.0
+
+    def __call__(self, records: list[Any]) -> Any:
+        features, labels = default_collate(records)
+        self.mean = 0.5 * self.mean + 0.5 * features.mean(0)
+        return features - self.mean, labels
+
+
+@pytest.mark.parametrize(
+    ("dataset", "collate", "message"),
+    [
+        (ConcatDataset([make_records()] * 2), None, "Expected each record once"),
+        (Folded(), None, "each record at one position"),
+        (make_records(), Mean(), "A record was collated after another one"),
+    ],
+    ids=["joined", "folded", "mean"],
+)
+def test_records_in_several_shards_are_refused(tmp_path: Path, dataset: Any, collate: Any, message: str) -> None:
+    with pytest.raises((ValueError, PrivacyError), match=message):
+        fit(make_model(), tmp_path, loader=DataLoader(dataset, batch_size=5, collate_fn=collate), max_steps=1)
 
 
 @pytest.mark.parametrize(

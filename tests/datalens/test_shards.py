@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
 from lightning_dp.datalens import StepsOver, partition
 from lightning_dp.datalens.shards import public_generator, read_shards
@@ -51,6 +51,17 @@ def test_reading_gives_each_teacher_its_records() -> None:
     features, labels = records.tensors
     assert torch.equal(shards.features, features[indices])
     assert torch.equal(shards.labels, labels[indices])
+
+
+def test_a_collate_function_mixes_no_records() -> None:
+    records, indices = make_records(60), partition(60, 6)
+
+    def centred(items: list[Any]) -> Any:
+        features, labels = default_collate(items)
+        return features - 0.5 * features.mean(0), labels
+
+    shards = read_shards(records, indices, num_classes=2, collate=centred)
+    torch.testing.assert_close(shards.features, 0.5 * records.tensors[0][indices])
 
 
 @pytest.mark.parametrize("items", [torch.zeros(8, 3), TensorDataset(torch.zeros(8, 3)), make_records(8)])
