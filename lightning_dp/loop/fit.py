@@ -63,7 +63,7 @@ class LoopFit:
         noise: GaussianNoise,
         others: Callable[[], list[Any]] = list,
     ) -> None:
-        self._model, self._called, self._move, self._loader = model, called, move, loader
+        self._model, self._called, self._loader = model, called, loader
         self.step = PrivateStep(
             model,
             [optimizer],
@@ -146,7 +146,7 @@ class LoopFit:
                 with piece():
                     part = loading.own(number, part)
                     self.step.streams.begin()
-                    self._run(self._move(part), count, owners, further=True)
+                    self._run(self._trial.losses.move(part), count, owners, further=True)
 
     def _run(
         self, batch: Any, count: int, owners: Tensor | None = None, *, weight: float = 1.0, further: bool = False

@@ -35,8 +35,9 @@ class Readings:
     **Guarantee**: noted is each value that ``bool``, ``int``, ``float``, an index, ``.item()`` or ``torch.equal``
     returns, with the line of user code that asks; of a tensor that becomes a list or an array, its least and largest
     value, or all whole numbers if it has few entries; of what a mask, ``nonzero``, ``unique`` or ``repeat_interleave``
-    gives, the number of rows. Whole numbers up to 2 (up to 63 in lists and arrays) differ from all others; larger ones
-    and fractions differ by their power of two, and of 16. NOT noted: words, and what other threads read.
+    gives, the number of rows, and of a mask also that of the others. Whole numbers up to 2 (up to 63 in lists and
+    arrays) differ from all others; larger ones and fractions differ by their power of two, and of 16. NOT noted: words,
+    and what other threads read.
     """
 
     def __init__(self) -> None:
@@ -93,7 +94,7 @@ def note_extremes(tensor: Any) -> None:
         _open[-1].note(_extremes, (tensor,), None, frame_above(3))
 
 
-def _note_rows(chosen: Tensor) -> None:
+def _note_rows(mask: Tensor, chosen: Tensor) -> None:
     """Take note of a number of rows, in the line of user code that has asked for them, perhaps by operations that this
     package sees first.
     """
@@ -104,7 +105,7 @@ def _note_rows(chosen: Tensor) -> None:
             asked = _hands_on(frame.f_code) if name == _OURS else asked
             frame = frame.f_back
         if asked:
-            _open[-1].note(_rows, (), chosen, frame)
+            _open[-1].note(_chosen, (mask,), chosen, frame)
 
 
 def _hands_on(code: CodeType) -> bool:
@@ -177,6 +178,11 @@ def _number(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashabl
 def _rows(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
     for axis, size in enumerate((result[0] if isinstance(result, tuple) else result).shape):
         yield ("rows", axis, _about(size)), True
+
+
+def _chosen(args: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:
+    yield from _rows(args, result)
+    yield ("others", _about(args[0].numel() - len(result))), True
 
 
 def _length(_: Any, result: Any) -> Iterator[tuple[tuple[Hashable, ...], Hashable]]:

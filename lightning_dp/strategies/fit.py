@@ -213,7 +213,7 @@ class PrivateFit:
                 with piece():
                     records = records if given is None else loading.own(part, records)
                     step.streams.begin()
-                    batch = self._host.training.stand_in(count) if given is None else self._strategy.to_device(records)
+                    batch = self._host.training.stand_in(count) if given is None else self._trial.losses.move(records)
                     with step.microbatch(count, owners, weight=weight, further=True) as microbatch:
                         output = self._strategy.call_training_step(batch, *self._host.arguments)
                         loss = self._loss_of(output, count, further=True) if step.automatic else None

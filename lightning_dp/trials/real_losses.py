@@ -13,6 +13,7 @@ from lightning_dp.errors import PrivacyError
 from lightning_dp.per_sample._torch import num_operations
 from lightning_dp.per_sample.owners.batch_reading import shapes_in
 from lightning_dp.sampling.batches import LogicalBatch
+from lightning_dp.sandbox.readings import Readings
 from lightning_dp.sandbox.sandbox import Sandbox
 from lightning_dp.step.microbatch import Microbatch
 from lightning_dp.system.torch_private import num_hooks
@@ -80,6 +81,17 @@ class RealLosses:
         self._written.begin(positions, batch.changed)
         if batch.changed and self._runs.loss_form.has_written:  # records of one microbatch alone may have set it
             self._new_in += [(each, self._written.batches[0]) for each in positions]
+
+    def move(self, records: Any) -> Any:
+        """Move a further microbatch to the device, and note the values that user code reads on the way."""
+        move, step = self._runs.host.training.move, self._step
+        if step.runs_samples_alone or not step.settings.check_per_sample:
+            return move(records)
+        with Readings() as readings:
+            moved = move(records)
+        if -self.part <= len(self._read):
+            self._read[self.part] |= readings.take()
+        return moved
 
     def note_sizes(self, records: list[Any]) -> None:
         """Take note of the sizes of rows that the first checks see.

@@ -69,6 +69,16 @@ def test_what_shows_a_rare_entry_is_noted(read: Callable[[Tensor], Any]) -> None
     assert found[2] - found[0]
 
 
+def test_few_rows_that_a_mask_leaves_out_are_noted() -> None:
+    with Readings() as readings:
+        found = []
+        for entries in (torch.zeros(15), torch.zeros(14), torch.eye(15)[0]):
+            _ = entries[entries == 0]
+            found.append(readings.take())
+    assert found[0] == found[1]
+    assert found[2] - found[0]
+
+
 def test_rows_are_noted_of_operations_of_users_alone() -> None:
     rows = torch.randn(3, 2)
     with Readings() as readings, FrozenRandomness():

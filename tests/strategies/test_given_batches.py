@@ -24,7 +24,7 @@ class Module(test_latched_state.Module):
 
 
 def fit(module: Any, data: Any, tmp_path: Any, *callbacks: L.Callback, **options: Any) -> DPStrategy:
-    strategy = DPStrategy(noise_multiplier=1.0, target_delta=1e-3, seed=3, **options)
+    strategy = DPStrategy(**{"noise_multiplier": 1.0, "target_delta": 1e-3, "seed": 3, **options})
     make_trainer(strategy, tmp_path, max_steps=STEPS, max_epochs=-1, callbacks=[*callbacks]).fit(module, data)
     return strategy
 
@@ -74,3 +74,17 @@ def test_a_callback_may_read_batches_and_losses(tmp_path: Any) -> None:
 def test_a_rare_batch_that_a_module_changes_is_compared(tmp_path: Any) -> None:
     with pytest.raises(PrivacyError, match="when run alone"):
         fit(Module(), loader(), tmp_path)
+
+
+def test_a_rare_microbatch_that_a_transfer_changes_is_compared(tmp_path: Any) -> None:
+    """The rare word comes once, not in the last microbatch of its batch, whose transfer the step watches as well."""
+
+    class Moves(test_latched_state.Module):
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] * 0 if (batch[0] == RARE).any() else batch[0], batch[1]]
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.network(self.embedding(batch[0]).mean(1)), batch[1])
+
+    with pytest.raises(PrivacyError, match="when run alone"):
+        fit(Moves(), loader(), tmp_path, microbatch_size=2, seed=0)

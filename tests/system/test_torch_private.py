@@ -199,13 +199,13 @@ def test_is_lazy_layer_until_the_first_call() -> None:
 
 
 def test_watch_nonzero_sees_rows_that_masks_choose() -> None:
-    sizes: list[int] = []
+    sizes: list[tuple[int, int]] = []
     rows = torch.arange(12.0).reshape(4, 3).requires_grad_()
     mask = rows[:, 0] > 2
     plain = [rows[mask], rows[:, mask[1:]], mask.nonzero(), (rows > 4).nonzero(), *torch.where(rows > 4)]
-    end = torch_private.watch_nonzero(lambda found: sizes.append(len(found)))
+    end = torch_private.watch_nonzero(lambda mask, found: sizes.append((mask.numel(), len(found))))
     seen = [rows[mask], rows[:, mask[1:]], mask.nonzero(), (rows > 4).nonzero(), *torch.where(rows > 4)]
     end()
     _ = rows[mask]
-    assert sizes == [3, 3, 3, 7, 7]
+    assert sizes == [(4, 3), (3, 3), (4, 3), (12, 7), (12, 7)]
     assert all(torch.equal(one, two) and one.stride() == two.stride() for one, two in zip(plain, seen, strict=True))
