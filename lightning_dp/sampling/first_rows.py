@@ -56,7 +56,7 @@ class FirstRows:
 
     def _begin(self, first: Tensor) -> None:
         """Store the first records, and a column in which they differ most."""
-        numbers = [len(column.unique()) for column in first.T]
+        numbers = [len({*column}) for column in first.T.tolist()]
         self._first, self._column = first, numbers.index(max(numbers))
 
     def _search(self, before: Tensor | None, rows: Tensor, first: Tensor) -> None:
@@ -67,7 +67,10 @@ class FirstRows:
             return
         rows = rows if before is None else torch.cat((before, rows))
         for place in range(len(rows) - self._FEW + 1):
-            if torch.equal(rows[place : place + self._FEW], first) and len(first.unique(dim=0)) >= self._DIFFERENT:
+            if (
+                torch.equal(rows[place : place + self._FEW], first)
+                and len({*map(tuple, first.tolist())}) >= self._DIFFERENT
+            ):
                 raise PrivacyError(
                     "Expected a stream to yield each record once per pass, got its first records again in the same "
                     "pass. Epsilon counts one use of a record per pass and would be too small: end a pass with the "

@@ -205,8 +205,9 @@ class PrivateDataLoader(DataLoader[Any]):
                 else BeforeRecords(rows, collate.replaced(rows.collate), draws=False)
             )
         try:
-            items = super().__iter__()
-            items = self._compared(items) if isinstance(dataset, IterableDataset) else items
+            items: Iterator[LogicalBatch] = super().__iter__()
+            if isinstance(dataset, IterableDataset):
+                items = self._compared(items)
             return self._noted(items) if self.num_workers == 0 and rows is None else items
         finally:
             self.__dict__["dataset"], self.__dict__["collate_fn"] = dataset, collate

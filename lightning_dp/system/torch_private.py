@@ -241,10 +241,11 @@ def watch_nonzero(see: Callable[[Tensor, Tensor], object]) -> Callable[[], None]
         see(tensor, found)
         return found
 
-    library = torch.library.Library("aten", "IMPL")
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*previously registered kernel")
         for device in ("CPU", "CUDA", "MPS", "XPU"):
             if torch._C._dispatch_has_kernel_for_dispatch_key("aten::nonzero", device):
                 library.impl("nonzero", nonzero, device)
-    return library._destroy
+    end: Callable[[], None] = library._destroy
+    return end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,11 +56,19 @@ def _folds(source: Any) -> Iterator[Fold]:
     primes = [*_primes(size)]
     for length in lengths.union(size // prime for prime in primes):
         if _PAIRS <= length <= size - _PAIRS:
-            yield (lambda index, by=length: index % by), [(at, at + length) for at in range(_PAIRS)]
+            yield partial(_rest, by=length), [(at, at + length) for at in range(_PAIRS)]
     for times in {*primes, *(size // length for length in lengths if length)}:
         if 2 <= times <= (apart := size // _PAIRS):
             firsts = [at * apart // times * times for at in range(_PAIRS)]
-            yield (lambda index, by=times: index // by), [(first, first + 1) for first in firsts]
+            yield partial(_quotient, by=times), [(first, first + 1) for first in firsts]
+
+
+def _rest(index: NDArray[Any], by: int) -> NDArray[Any]:
+    return index % by
+
+
+def _quotient(index: NDArray[Any], by: int) -> NDArray[Any]:
+    return index // by
 
 
 def _primes(number: int) -> Iterator[int]:
