@@ -30,6 +30,7 @@ class FirstRows:
         self._read: list[Tensor | None] = [None] * max(1, num_workers)  # last records of each worker
         self._first: Tensor | None = None
         self._column = self._number = 0
+        self._differ = False
 
     def see(self, item: LogicalBatch) -> None:
         """Compare the records of the next item with the first ones of the pass.
@@ -55,13 +56,14 @@ class FirstRows:
             self._read[worker] = rows
 
     def _begin(self, first: Tensor) -> None:
-        """Store the first records, and a column in which they differ most."""
+        """Store the first records, whether enough of them differ, and a column in which they differ most."""
         numbers = [len({*column}) for column in first.T.tolist()]
+        self._differ = len({*map(tuple, first.tolist())}) >= self._DIFFERENT
         self._first, self._column = first, numbers.index(max(numbers))
 
     def _search(self, before: Tensor | None, rows: Tensor, first: Tensor) -> None:
         is_new = before is not None and len(before) >= self._FEW  # read before the first records were known
-        if first.shape[1] != rows.shape[1]:
+        if first.shape[1] != rows.shape[1] or not self._differ:
             return
         if not is_new and not (rows[:, self._column] == first[-1, self._column]).any():
             return
