@@ -51,8 +51,8 @@ def check_repeats(dataset: Any) -> None:
 
 def _folds(source: Any) -> Iterator[Fold]:
     size = dataset_length(source)
-    lengths = {len(held) for held in getattr(source, "__dict__", {}).values() if hasattr(held, "__getitem__")}
-    lengths = {*sorted(each for each in lengths if each < size)[-_MOST_LENGTHS:]}
+    held = map(_length, getattr(source, "__dict__", {}).values())
+    lengths = {*sorted({each for each in held if each < size})[-_MOST_LENGTHS:]}
     primes = [*_primes(size)]
     for length in lengths.union(size // prime for prime in primes):
         if _PAIRS <= length <= size - _PAIRS:
@@ -61,6 +61,14 @@ def _folds(source: Any) -> Iterator[Fold]:
         if 2 <= times <= (apart := size // _PAIRS):
             firsts = [at * apart // times * times for at in range(_PAIRS)]
             yield partial(_quotient, by=times), [(first, first + 1) for first in firsts]
+
+
+def _length(held: Any) -> int:
+    """Return the length of a sequence; 0 for other objects, such as numbers of numpy."""
+    try:
+        return len(held) if hasattr(held, "__getitem__") else 0
+    except Exception:
+        return 0
 
 
 def _rest(index: NDArray[Any], by: int) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -22,6 +23,7 @@ class Folded(Dataset[Any]):
 
     def __init__(self, length: int, place: Any, *, draws: bool = False, records: Any = RECORDS) -> None:
         self.length, self.place, self.draws, self.records = length, place, draws, records
+        self.number, self.array = np.int64(3), np.array(3)  # which have no length
 
     def __len__(self) -> int:
         return self.length
