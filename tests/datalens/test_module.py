@@ -209,8 +209,6 @@ def test_loaders_that_hide_or_weigh_records_are_refused(tmp_path: Path, loader: 
 
 
 class Folded(Dataset[Any]):
-    """Its length is twice its number of records."""
-
     records = make_records()
 
     def __len__(self) -> int:
