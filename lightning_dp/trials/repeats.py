@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,9 +24,10 @@ Fold = tuple[Callable[[NDArray[Any]], NDArray[Any]], list[tuple[int, int]]]
 def check_repeats(dataset: Any) -> None:
     """Check that a dataset does not return one record at several positions.
 
-    Tried are ``index % n`` and ``index // k``, for each prime k or length / n, and for each n that is the length of
-    something that the dataset holds. Random draws are the same for all items. NOT found: records at positions of
-    another order, such as those that an index of weights repeats, and records that are drawn at random.
+    Tried are ``index % n`` and ``index // k``, for each n below the dataset's length that is the length of something
+    that it holds, and k = length / n or 2. Random draws are the same for all items. A dataset that holds a list of its
+    own length has as many records, of which some may be equal. NOT found: records that are not held in the dataset
+    itself, at positions of another order, such as those that an index of weights repeats, or drawn at random.
 
     Args:
         dataset: with random access.
@@ -51,13 +51,13 @@ def check_repeats(dataset: Any) -> None:
 
 def _folds(source: Any) -> Iterator[Fold]:
     size = dataset_length(source)
-    held = map(_length, getattr(source, "__dict__", {}).values())
-    lengths = {*sorted({each for each in held if each < size})[-_MOST_LENGTHS:]}
-    primes = [*_primes(size)]
-    for length in lengths.union(size // prime for prime in primes):
-        if _PAIRS <= length <= size - _PAIRS:
-            yield partial(_rest, by=length), [(at, at + length) for at in range(_PAIRS)]
-    for times in {*primes, *(size // length for length in lengths if length)}:
+    held = {*map(_length, getattr(source, "__dict__", {}).values())}
+    if size in held:  # it lists its records, of which some may be equal
+        return
+    lengths = sorted(each for each in held if _PAIRS <= each <= size - _PAIRS)[-_MOST_LENGTHS:]
+    for length in lengths:
+        yield partial(_rest, by=length), [(at, at + length) for at in range(_PAIRS)]
+    for times in {2, *(size // length for length in lengths)} if lengths else ():
         if 2 <= times <= (apart := size // _PAIRS):
             firsts = [at * apart // times * times for at in range(_PAIRS)]
             yield partial(_quotient, by=times), [(first, first + 1) for first in firsts]
@@ -77,19 +77,6 @@ def _rest(index: NDArray[Any], by: int) -> NDArray[Any]:
 
 def _quotient(index: NDArray[Any], by: int) -> NDArray[Any]:
     return index // by
-
-
-def _primes(number: int) -> Iterator[int]:
-    """Yield the prime divisors of a number."""
-    for divisor in itertools.count(2):
-        if divisor * divisor > number:
-            break
-        if number % divisor == 0:
-            yield divisor
-        while number % divisor == 0:
-            number //= divisor
-    if number > 1:
-        yield number
 
 
 def _are_equal(source: Any, pairs: list[tuple[int, int]]) -> bool:

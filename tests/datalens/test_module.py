@@ -209,7 +209,8 @@ def test_loaders_that_hide_or_weigh_records_are_refused(tmp_path: Path, loader: 
 
 
 class Folded(Dataset[Any]):
-    records = make_records()
+    def __init__(self) -> None:
+        self.records = make_records()
 
     def __len__(self) -> int:
         return 2 * len(self.records)

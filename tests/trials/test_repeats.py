@@ -50,6 +50,7 @@ ONCE = [
     Folded(2 * NUM, lambda index: index, records=torch.zeros(2 * NUM, 3)),
     Folded(4 * NUM, lambda index: index, records=torch.arange(4).repeat(NUM)),
     Folded(4 * NUM, lambda index: index, records=torch.arange(4).repeat_interleave(NUM)),
+    Folded(2 * NUM, lambda index: index, records=[*RECORDS] * 2),
     Subset(Folded(2 * NUM, lambda index: index % NUM), range(NUM)),
 ]
 
