@@ -95,7 +95,8 @@ def test_sparse_functions_of_parameters_run_one_at_a_time(caplog: pytest.LogCapt
         def forward(self, x: Tensor) -> Tensor:
             at = torch.stack([torch.arange(5) % FEATURES, torch.arange(5)])
             weight = torch.sparse_coo_tensor(at, self.weight[0], (FEATURES, 5), check_invariants=True)
-            out: Tensor = self.head((x @ (torch.zeros(FEATURES, 5) + weight)).tanh())
+            weight = torch.sparse.softmax(weight, 0)
+            out: Tensor = self.head(torch.sparse.mm(weight.t(), x.mT).mT.tanh())
             return out
 
     with caplog.at_level(logging.INFO):
