@@ -112,10 +112,10 @@ class PrivacyState:
         return self.step + (self.precision > 0)
 
     def epsilon(self, delta: float | None = None) -> float:
-        """Return the epsilon spent so far; public.
+        """Return the epsilon spent so far, public; raise ValueError before the first step.
 
         Args:
-            delta: in (0, 1); default: the plan's, or that of the checkpoint being resumed. Without steps: ValueError.
+            delta: in (0, 1); default: the plan's, or that of the checkpoint being resumed.
         """
         if self.ledger.num_steps == 0:
             raise ValueError(

@@ -218,8 +218,7 @@ class UserHooks:
             is_far, has_stopped, num_groups = name in _FAR, self.stopped, self._num_groups()
             takes_part, begins = self._takes_part(owner, name), self._begin_epoch if name == BETWEEN_EPOCHS[1] else None
             before = None if takes_part and begins is None else look()
-            given = [*args[2:], *kwargs.values()]
-            with self.watching_stops(owner, "" if is_far else name), self._watching_batch(owner, name, given):
+            with self.watching_stops(owner, "" if is_far else name), self._watching_batch(owner, name, args, kwargs):
                 answer = hook(*args, **kwargs)
             has_added = begins is not None and self._num_groups() != num_groups
             if has_added:
@@ -239,14 +238,14 @@ class UserHooks:
 
         return watched
 
-    def _watching_batch(self, owner: Any, name: str, given: list[Any]) -> AbstractContextManager[object]:
+    def _watching_batch(self, owner: Any, name: str, args: Any, kwargs: Any) -> AbstractContextManager[object]:
         """Watch a hook that is given a real batch or loss: what the module's reads is noted, as in its step; that of a
         callback, which is not tried, may not change it.
         """
         if name not in _BEFORE_BACKWARD or not self._strategy.settings.check_per_sample:
             return nullcontext()
         if owner is not self._strategy.module:
-            return left_as_given(f"{type(owner).__name__}.{name}", given)
+            return left_as_given(f"{type(owner).__name__}.{name}", [*args[2:], *kwargs.values()])
         return nullcontext() if self._strategy.state.runs_alone else self.readings
 
     @contextmanager

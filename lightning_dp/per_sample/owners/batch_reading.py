@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+
+from lightning_dp.per_sample._torch import memory_of, unfollowed
 
 Path = tuple[Any, ...]
 Container = tuple[Path, dict[str, Any]]
@@ -49,6 +51,30 @@ def shown_by(array: Any) -> Tensor | None:
         return torch.from_numpy(array)
     except (TypeError, ValueError):
         return None
+
+
+def alias_among(tensor: Tensor, others: Iterable[Tensor | None]) -> Tensor | None:
+    """Return one of some tensors that shows the same entries in the same memory; None if there is none.
+
+    ``torch.Tensor(x)`` and ``torch.from_numpy(x.numpy())`` give such a tensor, and report nothing.
+
+    Example:
+        >>> x = torch.rand(3)
+        >>> alias_among(torch.Tensor(x), [torch.rand(3), x]) is x, alias_among(x[:2], [x]) is None
+        (True, True)
+    """
+
+    def layout(one: Tensor) -> tuple[Any, ...]:
+        return memory_of(one), one.storage_offset(), one.shape, one.stride(), one.dtype
+
+    with unfollowed():
+        if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel() or memory_of(tensor) == -1:
+            return None
+        mine = layout(tensor)
+        for one in others:
+            if one is not None and memory_of(one) == mine[0] and layout(one) == mine:
+                return one
+    return None
 
 
 def walk(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.per_sample._torch import TensorSet, base_of, is_mapped, memory_of, unfollowed
-from lightning_dp.per_sample.owners.assumed import Assumed, alias_among
-from lightning_dp.per_sample.owners.batch_reading import shown_by
+from lightning_dp.per_sample.owners.assumed import Assumed
+from lightning_dp.per_sample.owners.batch_reading import alias_among, shown_by
 from lightning_dp.per_sample.owners.choices import chooses_rows
 from lightning_dp.per_sample.owners.entries import after_mixed
 from lightning_dp.per_sample.owners.memo import Memo, merged
@@ -143,14 +143,13 @@ class Follower(Telling):
         is_chosen = any(tensor in self.chosen for tensor in tensors if tensor is not None)
         for result in [one for one in results if one is not None]:
             self.note(result, owners)
-            self.chosen.add(*[result] * is_chosen)
+            if is_chosen:
+                self.chosen.add(result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in SHOWS_NO_ENTRY:
             return func(*args, **kwargs) if kwargs else func(*args)
-        kwargs = kwargs or {}
-        if kwargs and not args:
-            args, kwargs = first_by_position(func, kwargs)
+        args, kwargs = (args, kwargs or {}) if args else first_by_position(func, kwargs or {})
         if self.hear is not None and self._depth == 1:
             self.hear(func, args, kwargs)
         traits, given = traits_of(func), self._given(args, kwargs)

@@ -1,4 +1,4 @@
-"""Owners of what a batch holds for each record by itself, and of packed sequences, passed to the follower."""
+"""Functions that note the owners of the tensors in a list of records, and in a packed sequence."""
 
 from __future__ import annotations
 

@@ -53,13 +53,13 @@ class Places:
     def sums(self, rows: Tensor) -> Tensor:
         """Return the sum of the entries of each record."""
         with unfollowed():
-            return self._sums(rows)
+            return self._of_records(self._sums(rows))
 
     def _sums(self, rows: Tensor) -> Tensor:
         if self.index is None:
             return rows.reshape(self._size, rows.numel() // self._size).sum(1)
         sums = rows.reshape(self.num, math.prod(rows.shape[1:])).sum(1)
-        return self._of_records(sums.new_zeros(self._size).index_add(0, self.index, sums))
+        return sums.new_zeros(self._size).index_add(0, self.index, sums)
 
     def reduced(self, func: Any, rows: Tensor, kwargs: Any) -> Tensor:
         """Return the result of a reduction to a scalar for the rows of each record."""
@@ -77,7 +77,8 @@ class Places:
         if name in EXTREMES:
             extremes = getattr(rows.reshape(self.num, math.prod(rows.shape[1:])), EXTREMES[name])(1)
             target = extremes.new_zeros(self._size)
-            return self._of_records(target.scatter_reduce(0, self.index, extremes, EXTREMES[name], include_self=False))
+            found: Tensor = target.scatter_reduce(0, self.index, extremes, EXTREMES[name], include_self=False)
+            return found
         if name in ("any", "all"):
             return self._sums(rows != 0) > 0 if name == "any" else self._sums(rows == 0) == 0
         counted = torch.ones_like(rows, dtype=torch.bool)
